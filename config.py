@@ -1,0 +1,153 @@
+"""Every setting of a run: edit a default here, or give it as a flag (`python train.py --epochs 20`)."""
+
+import argparse
+import math
+import re
+import sys
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, NoReturn
+
+
+def setting(default: Any, text: str, low: float = -math.inf, high: float = math.inf, *, choices: tuple = ()) -> Any:
+    """A dataclass field of the recipe with its default, unit and meaning, and the values it allows."""
+    return field(default=default, metadata={"text": text, "low": low, "high": high, "choices": choices})
+
+
+def run_setting(default: Any, text: str, *limits: float, pattern: str = "", choices: tuple = ()) -> Any:
+    """A field that says where and how a run goes and is no part of the recipe, so that no named set fixes it."""
+    low, high = limits or (-math.inf, math.inf)
+    metadata = {"text": text, "low": low, "high": high, "choices": choices, "pattern": pattern, "run": True}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings; raises ValueError with one line where a value has a wrong type, range or partner."""
+
+    epochs: int = setting(130, "passes over the training images", 1, 100_000)
+    batch_size: int = setting(128, "images a step", 2, 65_536)
+    optimizer: str = setting("adamw", "adamw, or sgd with Nesterov momentum 0.9", choices=("adamw", "sgd"))
+    lr: float = setting(1e-2, "learning rate after warm-up, before decay", 1e-9, 1e3)
+    weight_decay: float = setting(1e-4, "as torch's optimizer applies it", 0, 10)
+    decay_norms: bool = setting(True, "weight decay on norms and biases too")
+    schedule: str = setting("step", "decay of the learning rate: StepLR, or cosine to 0", choices=("step", "cosine"))
+    lr_step: int = setting(0, "StepLR: epochs between decays; 0: 38/130 of the run", 0, 100_000)
+    lr_gamma: float = setting(0.5, "StepLR: factor of each decay", 1e-6, 1)
+    warmup_epochs: int = setting(0, "epochs of linear warm-up", 0, 1_000)
+    label_smoothing: float = setting(0.0, "share of the target spread over all classes", 0, 0.99)
+    dropout: float = setting(0.0, "probability, after each projection and before the classifier; 0: no module", 0, 0.95)
+    ema: float = setting(0.0, "decay a step of the averaged weights that are validated and saved; 0: off", 0, 0.999999)
+    flip: bool = setting(True, "mirror half of the images")
+    crop_padding: int = setting(4, "pixels added on each side before a random 32x32 crop; 0: off", 0, 16)
+    crop_reflect: bool = setting(False, "pad by reflection, not with black")
+    trivial_augment: float = setting(0.0, "share of the images given one TrivialAugment operation", 0, 1)
+    cutout: int = setting(0, "side in pixels of a square set to the mean colour; 0: off", 0, 32)
+    mixup: float = setting(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", 0, 100)
+    cutmix: float = setting(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: off", 0, 100)
+    mix_share: float = setting(1.0, "share of the batches that mixup or CutMix changes", 0, 1)
+    validation_per_class: int = setting(50, "training images a class kept for validation; 0: train on all", 0, 499)
+
+    experiment: str = run_setting("default", "name of the set that the run started from", pattern=r"[\w-]{1,40}")
+    dataset: str = run_setting("cifar100", "cifar100, or synthetic (no download)", choices=("cifar100", "synthetic"))
+    images_per_class: int = run_setting(0, "use only so many training images a class; 0: all", 0, 500)
+    seed: int = run_setting(0, "of weights, order and augmentation", 0, 1_000_000)
+    device: str = run_setting("auto", "auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda(:\d{1,2})?")
+    threads: int = run_setting(0, "CPU threads; 0: one a core", 0, 1_024)
+    compile: bool = run_setting(False, "torch.compile the network; needs a C++ compiler, or Triton on a GPU")
+    deterministic: bool = run_setting(False, "ask torch for deterministic CUDA kernels (slower)")
+    data_dir: str = run_setting("data", "folder of the data set")
+    runs_dir: str = run_setting("runs", "folder in which a run makes its own")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check_value(f, getattr(self, f.name))
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be below epochs {self.epochs}")
+        if 0 < self.images_per_class <= self.validation_per_class:
+            raise ValueError(
+                f"images_per_class {self.images_per_class} must be above validation_per_class "
+                f"{self.validation_per_class}, or nothing is left to train on"
+            )
+        if self.schedule == "cosine" and self.lr_step:
+            raise ValueError(f"lr_step {self.lr_step} has no meaning with schedule cosine; use 0")
+
+
+def check_value(f: Field, value: Any) -> None:
+    """Raise ValueError unless `value` suits the field's type, range, choices and pattern."""
+    allowed = (int, float) if f.type is float else f.type
+    if not isinstance(value, allowed) or (isinstance(value, bool) and f.type is not bool):
+        raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
+    limits = f.metadata
+    if f.type in (int, float) and not limits["low"] <= value <= limits["high"]:  # false for NaN
+        raise ValueError(f"{f.name} must be between {limits['low']:g} and {limits['high']:g}, not {value}")
+    if limits["choices"] and value not in limits["choices"]:
+        raise ValueError(f"{f.name} must be one of {', '.join(limits['choices'])}, not {value!r}")
+    if limits.get("pattern") and not re.fullmatch(limits["pattern"], value):
+        raise ValueError(f"{f.name} {value!r} does not match: {limits['text']}")
+    if f.type is str and not value:
+        raise ValueError(f"{f.name} must not be empty")
+
+
+# The published experiments: AdamW, learning rate 1e-2; batch size, weight decay (published for result5 only), no
+# augmentation and the place of the dropout are assumed. A set fixes every field of the recipe.
+PUBLISHED: dict[str, Any] = {
+    "epochs": 100, "batch_size": 128, "optimizer": "adamw", "lr": 1e-2, "weight_decay": 1e-4, "decay_norms": True,
+    "schedule": "step", "lr_step": 35, "lr_gamma": 0.1, "warmup_epochs": 0, "label_smoothing": 0.0, "dropout": 0.0,
+    "ema": 0.0, "flip": False, "crop_padding": 0, "crop_reflect": False, "trivial_augment": 0.0, "cutout": 0,
+    "mixup": 0.0, "cutmix": 0.0, "mix_share": 1.0, "validation_per_class": 50,
+}  # fmt: skip
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "result1": PUBLISHED | {"lr_step": 40},
+    "result2": PUBLISHED,
+    "result3": PUBLISHED | {"dropout": 0.2},
+    "result4": PUBLISHED | {"dropout": 0.1},
+    "result5": PUBLISHED | {"lr_step": 38, "lr_gamma": 0.5},
+    "result6": PUBLISHED | {"lr_step": 38, "lr_gamma": 0.5, "epochs": 130},
+}
+
+
+def changes(config: Config) -> dict[str, Any]:
+    """The settings that differ from the set that the run started from (from the defaults, where it is none)."""
+    base = {f.name: f.default for f in fields(Config)} | EXPERIMENTS.get(config.experiment, {})
+    base["experiment"] = config.experiment
+    return {name: getattr(config, name) for name, value in base.items() if getattr(config, name) != value}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, with an error of one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+
+
+def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of train.py: `config`, `given` (the names set by flags), `resume`, `publish`."""
+    parser = OneLineParser(
+        prog="train.py",
+        description="Train the MobileNetV3 of model.py on CIFAR-100. Constants: config.py.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
+    )
+    parser.add_argument("--resume", metavar="RUN_FOLDER", help="continue a run after its last finished epoch")
+    parser.add_argument("--publish", metavar="RUN_FOLDER", help="grade a finished run once and ship its best weights")
+    for f in fields(Config):
+        text = f"{f.metadata['text']} [{f.default}]"
+        if f.name == "experiment":
+            help_text = f"start from a named set: {', '.join(EXPERIMENTS)}"
+            parser.add_argument("--experiment", choices=tuple(EXPERIMENTS), default=argparse.SUPPRESS, help=help_text)
+        elif f.type is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            choices = f.metadata["choices"] or None
+            metavar = None if choices else f.type.__name__.upper()
+            options = {"type": f.type, "metavar": metavar, "choices": choices, "help": text}
+            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    given = {name: value for name, value in vars(arguments).items() if name not in ("resume", "publish")}
+    if arguments.publish and (given or arguments.resume):
+        parser.error("--publish takes no other flag")
+    try:
+        config = Config(**(EXPERIMENTS.get(given.get("experiment", ""), {}) | given))
+    except ValueError as error:
+        parser.error(str(error))
+    return argparse.Namespace(config=config, given=given, resume=arguments.resume, publish=arguments.publish)

@@ -1,0 +1,145 @@
+"""Grade a checkpoint: operations, size, and accuracy on the official test set."""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import thop
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import checkpoint
+import data
+from augment import normalise
+from config import Config
+from model import MobileNetV3
+
+BATCH = 500  # images a forward pass; the figures do not depend on it
+
+
+class Scores(NamedTuple):
+    """Mean cross-entropy, and the shares in percent whose label is the first, is among the first five, guesses."""
+
+    loss: float
+    top1: float
+    top5: float
+
+
+def evaluate(network: nn.Module, images: data.Images, batch: int = BATCH) -> Scores:
+    """Score a network in eval mode on uint8 images that lie on its device, in float32 without TF32."""
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        logits = torch.cat([network(normalise(part)) for part in images.images.split(batch)])
+        loss = F.cross_entropy(logits, images.labels)
+        hits = logits.topk(5).indices == images.labels[:, None]
+        shares = 100 * torch.stack([hits[:, 0], hits.any(1)]).double().mean(1)
+    return Scores(loss.item(), *shares.tolist())
+
+
+def measure(network: nn.Module) -> tuple[int, float]:
+    """thop's operations for one 3x32x32 image, and kB (1024 bytes) of parameters and buffers after it has run.
+
+    thop adds two float64 counters to each module it has no rule for (33 here, 0.516 kB), and the published size
+    counts them; it works on a copy, so that they stay off the caller's network.
+    """
+    probe = copy.deepcopy(network).eval()
+    image = torch.zeros(1, 3, 32, 32, device=next(probe.parameters()).device)
+    operations, _ = thop.profile(probe, (image,), verbose=False)
+    tensors = [*probe.parameters(), *probe.buffers()]
+    return int(operations), sum(t.numel() * t.element_size() for t in tensors) / 1024
+
+
+def load_network(content: dict[str, Any], path: Path) -> nn.Module:
+    """The graded network with a checkpoint's weights, in eval mode; raises CheckpointError."""
+    network = MobileNetV3()
+    try:
+        network.load_state_dict(content["weights"])
+    except (KeyError, RuntimeError) as error:
+        raise checkpoint.CheckpointError(f"{path} holds no weights of this network. Give another checkpoint") from error
+    return network.eval()
+
+
+def default_checkpoint() -> Path:
+    """The best of the latest training on this machine where there is one, else the published one."""
+    return checkpoint.BEST if checkpoint.BEST.exists() else checkpoint.PUBLISHED
+
+
+def grade(path: Path, device: str = "auto", data_dir: str = "data", batch: int = BATCH) -> dict[str, Any]:
+    """Operations, size and test scores of a checkpoint, with what it is; raises CheckpointError, DataError."""
+    content = checkpoint.load(path)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    network = load_network(content, path).to(where, memory_format=torch.channels_last)
+    operations, size = measure(network)
+    dataset = content["config"]["dataset"]
+    test = data.load(Config(dataset=dataset, data_dir=data_dir), "test").to(where)
+    start = time.perf_counter()
+    scores = evaluate(network, test, batch)
+    return {
+        "checkpoint": str(path),
+        "experiment": content["config"]["experiment"],
+        "date": content["date"],
+        "epoch": content["epoch"],
+        "dataset": dataset,
+        "images": len(test.labels),
+        "flops": operations,
+        "size_kb": size,
+        "accuracy": scores.top1,
+        "top5": scores.top5,
+        "loss": scores.loss,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """What was graded, and the grade: its last three lines are the published ones."""
+    return (
+        "Graded {checkpoint} (experiment {experiment}, epoch {epoch}, {date}) on {images} {dataset} test images\n"
+        "Top-5 accuracy = {top5:.2f} %, loss = {loss:.4f}, {seconds:.1f} s\n"
+        "flops = {flops}\n"
+        "Model parameter size = {size_kb:.3f} kB\n"
+        "Accuracy = {accuracy:.2f} %"
+    ).format(**result)
+
+
+def publish(run: Path) -> dict[str, Any]:
+    """Grade a finished run's best weights once on the test set and write them as the published checkpoint."""
+    last, best = checkpoint.load(run / "last.pth"), checkpoint.load(run / "best.pth")
+    if best["config"]["dataset"] != "cifar100":
+        raise checkpoint.CheckpointError(f"{run} was trained on {best['config']['dataset']} data: not published")
+    if last["epoch"] < last["config"]["epochs"]:
+        raise checkpoint.CheckpointError(
+            f"{run} has finished {last['epoch']} of {last['config']['epochs']} epochs. "
+            f"First finish it: python train.py --resume {run}"
+        )
+    result = grade(run / "best.pth", data_dir=best["config"]["data_dir"])
+    test = {name: result[name] for name in ("accuracy", "top5", "loss", "images")}
+    checkpoint.save(
+        checkpoint.PUBLISHED, best | {"run": run.name, "test": test, "history": last["history"], "digests": data.SHA256}
+    )
+    return result | {"checkpoint": str(checkpoint.PUBLISHED)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--data_dir", default="data", help="folder of the data set")
+    parser.add_argument("--batch_size", type=int, default=BATCH, help="images a forward pass [%(default)s]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    arguments = parser.parse_args(argv)
+    try:
+        path = arguments.checkpoint or default_checkpoint()
+        result = grade(path, arguments.device, arguments.data_dir, arguments.batch_size)
+    except (checkpoint.CheckpointError, data.DataError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result) if arguments.json else report(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""Train the network on CIFAR-100: `python train.py`; every setting is a constant in config.py and a flag here."""
+
+from config import EXPERIMENTS, Config, changes, parse_command_line
+
+# Parsed before the imports below, which take seconds: -h and a mistyped flag answer at once.
+ARGUMENTS = parse_command_line() if __name__ == "__main__" else None
+
+import argparse
+import csv
+import ctypes
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import checkpoint
+import data
+from augment import Batches
+from evaluate import evaluate, publish, report
+from model import MobileNetV3
+
+COLUMNS = (
+    "epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "images_per_second",
+    "seconds",
+)  # fmt: skip
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM came; the number of the signal."""
+
+
+class Diverged(Exception):
+    """Loss or weights are not finite; the message names epoch and learning rate."""
+
+
+class Training:
+    """What a run carries from epoch to epoch: network, averaged network, optimizer, schedule, scaler, history."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.device = config, device
+        self.network = MobileNetV3(config.dropout).to(device, memory_format=torch.channels_last)
+        self.forward = torch.compile(self.network) if config.compile else self.network
+        self.average = None
+        if config.ema:
+            average = get_ema_multi_avg_fn(config.ema)
+            self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        self.optimizer = make_optimizer(config, self.network)
+        self.scheduler = make_scheduler(config, self.optimizer)
+        self.autocast = {"device_type": device.type, "enabled": device.type == "cuda", "dtype": torch.bfloat16}
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            self.autocast["dtype"] = torch.float16
+        half = self.autocast["enabled"] and self.autocast["dtype"] is torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+        self.history: list[dict[str, Any]] = []
+
+    def parts(self) -> dict[str, Any]:
+        """The stateful parts by the name that a checkpoint gives them."""
+        parts = {"network": self.network, "average": self.average, "optimizer": self.optimizer}
+        parts |= {"scheduler": self.scheduler, "scaler": self.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def load(self, content: dict[str, Any]) -> None:
+        """Go on from the content of a last.pth."""
+        for name, part in self.parts().items():
+            part.load_state_dict(content["state"][name])
+        self.history = content["history"]
+
+    def graded(self) -> torch.nn.Module:
+        """The network that is validated and saved, in eval mode: the averaged one where there is one."""
+        return (self.network if self.average is None else self.average.module).eval()
+
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, sums: torch.Tensor) -> None:
+        """One optimizer step; adds loss and hits of the batch to `sums` (2,) on the device, without reading them."""
+        with torch.autocast(**self.autocast):
+            logits = self.forward(inputs)
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        hard = targets if targets.ndim == 1 else targets.argmax(1)
+        sums += torch.stack([loss.detach() * len(hard), (logits.argmax(1) == hard).sum()])
+
+
+def make_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Optimizer:
+    """torch's AdamW or SGD; norms' and biases' parameters are a group of their own."""
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": config.weight_decay * config.decay_norms},
+    ]
+    common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **common)
+    return torch.optim.AdamW(groups, **common)
+
+
+def make_scheduler(config: Config, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    """StepLR or cosine decay, stepped once an epoch; linear warm-up multiplies it."""
+    if config.schedule == "cosine":
+        decay = lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
+    else:
+        step = config.lr_step or max(1, round(config.epochs * 38 / 130))
+        decay = lr_scheduler.StepLR(optimizer, step, config.lr_gamma)
+    if not config.warmup_epochs:
+        return decay
+    start = 1 / (config.warmup_epochs + 1)
+    warmup = lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=config.warmup_epochs)
+    return lr_scheduler.ChainedScheduler([warmup, decay])
+
+
+def train_epoch(run: Training, images: data.Images, batches: Batches, stop: Callable[[], int]) -> tuple[float, float]:
+    """Train on every image once, in an order that follows from (seed, epoch); mean loss and accuracy in %.
+
+    The last images that do not fill a batch are left out, others in each epoch, so that all steps have one shape.
+    """
+    epoch, size = len(run.history), min(run.config.batch_size, len(images.labels))
+    seed = run.config.seed * 1_000_003 + epoch
+    torch.manual_seed(seed)  # dropout and mixing
+    generator = torch.Generator(run.device).manual_seed(seed)
+    order = torch.randperm(len(images.labels), device=run.device, generator=generator)
+    order = order[: len(order) // size * size].split(size)
+    sums = torch.zeros(2, device=run.device)
+    run.network.train()
+    read = time.monotonic()
+    with tqdm(total=len(order) * size, unit=" images", disable=None, leave=False, mininterval=0.5) as bar:
+        for done, index in enumerate(order, start=1):
+            run.step(*batches(images.images[index], images.labels[index], generator), sums)
+            if signal_number := stop():
+                raise Stopped(signal_number)
+            if not bar.disable and time.monotonic() - read > 0.5:  # reading waits for the device
+                loss, hits = (sums / (done * size)).tolist()
+                check_finite(run, loss)
+                bar.set_postfix_str(f"loss {loss:.4f}, accuracy {100 * hits:.2f}%", refresh=False)
+                read = time.monotonic()
+            bar.update(size)
+    finite = torch.stack([p.isfinite().all() for p in run.graded().state_dict().values()]).all()
+    loss, hits, finite = torch.cat([sums / (len(order) * size), finite[None]]).tolist()
+    check_finite(run, loss if finite else math.nan)
+    return loss, 100 * hits
+
+
+def check_finite(run: Training, loss: float) -> None:
+    """Raise Diverged where the loss, or a weight that it stands for, is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"the loss or a weight is not finite in epoch {len(run.history) + 1} at learning rate "
+            f"{run.optimizer.param_groups[0]['lr']:g}: training stops; the checkpoints are of the epoch before. "
+            "Try a lower lr"
+        )
+
+
+def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = lambda: 0) -> Path:
+    """Train, or go on with the run in `folder`; the run's folder. `stop` is asked once a step for a signal's number.
+
+    Raises DataError, CheckpointError, Diverged, Stopped.
+    """
+    device = choose_device(config)
+    train_images, validation = (data.load(config, part).to(device) for part in ("train", "validation"))
+    run = Training(config, device)
+    if folder is None:
+        folder = new_folder(config)
+    if (folder / "last.pth").exists():
+        run.load(checkpoint.load(folder / "last.pth"))
+    announce(config, device, len(train_images.labels), folder)
+    batches = Batches(config)
+    drawn = time.monotonic()
+    while len(run.history) < config.epochs:
+        try:
+            finish_epoch(run, train_images, validation, batches, stop, folder)
+        except Stopped as stopped:
+            raise Stopped(*stopped.args, folder) from None
+        if time.monotonic() - drawn > 60:  # a picture costs half a second
+            draw_curves(run, folder)
+            drawn = time.monotonic()
+    write_log(run, folder)
+    draw_curves(run, folder)
+    return folder
+
+
+def finish_epoch(
+    run: Training, train_images: data.Images, validation: data.Images, batches: Batches, stop: Callable, folder: Path
+) -> None:
+    """Train and validate one epoch, print its lines and write its files."""
+    config, epoch, start = run.config, len(run.history) + 1, time.perf_counter()
+    print(f"Epoch {epoch}/{config.epochs}")
+    rate = run.optimizer.param_groups[0]["lr"]
+    loss, accuracy = train_epoch(run, train_images, batches, stop)
+    seconds = time.perf_counter() - start
+    print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
+    row = dict.fromkeys(COLUMNS) | {"epoch": epoch, "lr": rate, "train_loss": loss, "train_accuracy": accuracy}
+    better = epoch == config.epochs
+    if config.validation_per_class:
+        scores = evaluate(run.graded(), validation)
+        print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
+        row |= {"validation_loss": scores.loss, "validation_accuracy": scores.top1}
+        better = scores.top1 > max((old["validation_accuracy"] for old in run.history), default=-1.0)
+    row["images_per_second"] = len(train_images.labels) / seconds
+    row["seconds"] = time.perf_counter() - start
+    run.scheduler.step()
+    run.history.append(row)
+    save(run, folder, better)
+    if better and config.validation_per_class:
+        print("Saved Best Model")
+    print(f"Learning Rate: {run.scheduler.get_last_lr()[0]:.6f}", flush=True)
+
+
+def save(run: Training, folder: Path, better: bool) -> None:
+    """Write the epoch's checkpoints and log. last.pth, from which a run goes on, comes after best.pth: if the run
+    is killed between them, the repeated epoch writes the same best.pth again."""
+    common = {
+        "config": asdict(run.config),
+        "epoch": len(run.history),
+        "metrics": run.history[-1],
+        "torch": str(torch.__version__),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    if better:
+        best = common | {"weights": run.graded().state_dict()}
+        checkpoint.save(folder / "best.pth", best)
+        if run.config.dataset != "synthetic":
+            checkpoint.BEST.parent.mkdir(exist_ok=True)
+            checkpoint.save(checkpoint.BEST, best)
+    state = {name: part.state_dict() for name, part in run.parts().items()}
+    checkpoint.save(folder / "last.pth", common | {"state": state, "history": run.history})
+    write_log(run, folder)
+
+
+def write_log(run: Training, folder: Path) -> None:
+    """log.csv, a row an epoch, whole from the history: last.pth is the one source."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(run.history)
+    checkpoint.write_whole(folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def draw_curves(run: Training, folder: Path) -> None:
+    """curves.png; matplotlib is imported here only, its import takes a second."""
+    from tools.curves import draw
+
+    draw(run.history, f"{run.config.experiment} on {run.config.dataset}, {folder.name}", folder / "curves.png")
+
+
+def choose_device(config: Config) -> torch.device:
+    """The configured device; sets threads and determinism for the process."""
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def new_folder(config: Config) -> Path:
+    """Make runs/<time>-<experiment>, with the settings in config.json."""
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.experiment}" + "-synthetic" * (config.dataset == "synthetic")
+    folder = Path(config.runs_dir, name)
+    while folder.exists():
+        folder = folder.with_name(folder.name + "+")
+    folder.mkdir(parents=True)
+    text = json.dumps(asdict(config), indent=1)
+    checkpoint.write_whole(folder / "config.json", lambda file: file.write(text.encode()))
+    return folder
+
+
+def announce(config: Config, device: torch.device, images: int, folder: Path) -> None:
+    """Say what is trained, with which changed settings, where, and on a CPU how long that takes."""
+    changed = ", ".join(f"{name}={value}" for name, value in changes(config).items())
+    print(f"Training {config.experiment} ({changed or 'nothing changed'}) on {images} {config.dataset} images")
+    if device.type == "cpu":
+        hours = config.epochs * images / (300 * torch.get_num_threads()) / 3600
+        print(
+            f"No CUDA GPU in use: {torch.get_num_threads()} CPU threads, at about 300 images/s each (a guess from one "
+            f"machine) {hours:.1f} h for {config.epochs} epochs"
+        )
+    else:
+        print(f"On {torch.cuda.get_device_name(device)}")
+    print(f"Run folder: {folder}", flush=True)
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from giving freed memory back at every step: its page faults cost a CPU step a quarter."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20), (-8, 1)):
+            mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+
+
+def resumed(folder: Path, given: dict[str, Any]) -> Config:
+    """The settings of the run in `folder`; raises CheckpointError, also where a given flag says otherwise."""
+    try:
+        if (folder / "last.pth").exists():
+            config = Config(**checkpoint.load(folder / "last.pth")["config"])
+        else:
+            config = Config(**json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise checkpoint.CheckpointError(f"{folder} is no run folder that can go on: {error}") from error
+    stored = asdict(config)
+    differing = [f"{name} {stored[name]} (now {value})" for name, value in given.items() if stored[name] != value]
+    if differing:
+        raise checkpoint.CheckpointError(f"{folder} was started with other settings: {', '.join(differing)}")
+    return config
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """The program: train, resume or publish; the exit code."""
+    keep_freed_memory()
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        if arguments.publish:
+            print(report(publish(Path(arguments.publish))))
+            return 0
+        folder = Path(arguments.resume) if arguments.resume else None
+        config = arguments.config if folder is None else resumed(folder, arguments.given)
+        folder = train(config, folder, lambda: received[0] if received else 0)
+    except Stopped as stopped:
+        number, folder = stopped.args
+        print(f"\nStopped in the middle of an epoch. Go on with: python train.py --resume {folder}")
+        return 128 + number
+    except (checkpoint.CheckpointError, data.DataError, Diverged) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    best = checkpoint.load(folder / "best.pth")
+    print(f"Best epoch {best['epoch']}; log, curves and checkpoints are in {folder}")
+    print(f"Grade it with: python evaluate.py --checkpoint {folder / 'best.pth'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(ARGUMENTS))
