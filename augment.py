@@ -1,6 +1,8 @@
 """Augmentation of whole batches on their device: functions of (images, generator), random per sample."""
 
 import functools
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +13,16 @@ from data import CLASSES, MEAN, STD
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) to float32 with the training set's mean 0 and standard deviation 1, channels_last."""
-    mean, scale = statistics(images.device)
-    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).mul_(scale)
+    """Pixels of 0..255, (N, 3, H, W), to float32 with the training set's mean 0 and deviation 1, channels_last."""
+    scale, shift = statistics(images.device)
+    return images.to(torch.float32, memory_format=torch.channels_last).mul(scale).add_(shift)
 
 
 @functools.cache  # making a tensor from numbers on a GPU would wait for it at every step
 def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What to subtract from and what to multiply pixels of 0..255 by, each (1, 3, 1, 1)."""
-    mean, deviation = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
-    return mean, 1 / deviation
+    """What to multiply pixels of 0..255 by, and what to add then, each (1, 3, 1, 1)."""
+    mean, deviation = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return 1 / (255 * deviation), -mean / deviation
 
 
 def random_flip(images: Tensor, generator: Generator) -> Tensor:
@@ -64,6 +66,103 @@ def cutout(images: Tensor, side: int, generator: Generator) -> Tensor:
     return images.masked_fill((span(height)[:, :, None] & span(width)[:, None, :]).unsqueeze(1), 0.0)
 
 
+def trivial_augment(images: Tensor, share: float, generator: Generator) -> Tensor:
+    """Give a share of the images one operation each, with a random strength (Müller and Hutter, 2021).
+
+    Takes (N, 3, H, W) of any type in a random order, returns float32. The batch is cut into one slice for each
+    operation, so that nothing depends on values that a GPU would have to be waited for; the strengths are those of
+    RandAugment (Cubuk et al., 2020), milder than the paper's.
+    """
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    count = round(share * len(images))
+    level = 2 * torch.rand(count, 1, 1, 1, device=images.device, generator=generator) - 1
+    parts, levels = (whole.tensor_split(len(OPERATIONS)) for whole in (images[:count], level))
+    slices = zip(OPERATIONS, parts, levels, strict=True)
+    changed = [operation(part, strength).clamp(0, 255) for operation, part, strength in slices if len(part)]
+    return torch.cat([*changed, images[count:]])
+
+
+def affine(images: Tensor, level: Tensor, matrix: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+    """Move pixels by the identity plus level (N, 1, 1, 1) times a 2 x 3 matrix, half the image's side as unit."""
+    identity = torch.eye(2, 3, device=images.device)
+    move = torch.stack([torch.stack([value * level.flatten() for value in row], 1) for row in matrix], 1)
+    return sample(images, identity + move)
+
+
+def sample(images: Tensor, matrices: Tensor) -> Tensor:
+    """Bilinear samples at affinely moved places, matrices (N, 2, 3); black outside."""
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def rotate(images: Tensor, level: Tensor) -> Tensor:
+    """Turn by up to 30 degrees."""
+    angle = math.radians(30) * level.flatten()
+    cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return sample(images, torch.stack([cosine, -sine, zero, sine, cosine, zero], 1).view(-1, 2, 3))
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma (ITU-R 601), (N, 1, H, W)."""
+    return 0.299 * images[:, 0:1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:3]
+
+
+def blend(degenerate: Tensor, images: Tensor, level: Tensor) -> Tensor:
+    """From nearly the degenerate image (level -1) over the image itself (0) to its exaggeration (1)."""
+    return degenerate + (images - degenerate) * (1 + 0.9 * level)
+
+
+def sharpness(images: Tensor, level: Tensor) -> Tensor:
+    """Blend with the image smoothed inside its border, as PIL does."""
+    kernel = torch.ones(3, 1, 3, 3, device=images.device)
+    kernel[:, :, 1, 1] = 5
+    smooth = images.clone()
+    smooth[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel / 13, groups=3)
+    return blend(smooth, images, level)
+
+
+def posterize(images: Tensor, level: Tensor) -> Tensor:
+    """Keep 8 to 4 bits of each value."""
+    step = 2 ** (4 * level.abs()).round()
+    return (images / step).floor() * step
+
+
+def autocontrast(images: Tensor, level: Tensor) -> Tensor:
+    """Stretch each channel to 0..255."""
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (images - low) * (255 / (high - low).clamp(min=1)), images)
+
+
+def equalize(images: Tensor, level: Tensor) -> Tensor:
+    """Give each channel's values their rank, so that they spread evenly over 0..255."""
+    values = images.flatten(2).round().long()
+    counts = torch.zeros(*values.shape[:2], 256, device=images.device).scatter_add_(
+        2, values, torch.ones_like(values, dtype=torch.float32)
+    )
+    cumulative = counts.cumsum(2)
+    lowest = cumulative.gather(2, values.amin(2, keepdim=True))
+    ranks = (cumulative - lowest) * (255 / (values.shape[2] - lowest).clamp(min=1))
+    return ranks.gather(2, values).view_as(images)
+
+
+OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda images, level: images,
+    lambda images, level: affine(images, level, ((0, 0.3, 0), (0, 0, 0))),  # shear
+    lambda images, level: affine(images, level, ((0, 0, 0), (0.3, 0, 0))),
+    lambda images, level: affine(images, level, ((0, 0, 0.6), (0, 0, 0))),  # shift by up to 10 pixels of 32
+    lambda images, level: affine(images, level, ((0, 0, 0), (0, 0, 0.6))),
+    rotate,
+    lambda images, level: images * (1 + 0.9 * level),  # brightness
+    lambda images, level: blend(grey(images), images, level),  # saturation
+    lambda images, level: blend(grey(images).mean((1, 2, 3), keepdim=True), images, level),  # contrast
+    sharpness,
+    posterize,
+    lambda images, level: torch.where(images < 256 * (1 - level.abs()), images, 255 - images),  # solarize
+    autocontrast,
+    equalize,
+)
+
+
 class Batches:
     """Turns raw batches into what the network trains on, as a run's settings say."""
 
@@ -88,6 +187,8 @@ class Batches:
             images = random_crop(images, config.crop_padding, config.crop_reflect, generator)
         if config.flip:
             images = random_flip(images, generator)
+        if config.trivial_augment:
+            images = trivial_augment(images, config.trivial_augment, generator)
         inputs = normalise(images)
         if config.cutout:
             inputs = cutout(inputs, config.cutout, generator)

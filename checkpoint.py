@@ -1,21 +1,38 @@
-"""Checkpoints of plain types: written whole or not at all, opened without running code, checked by a digest."""
+"""Run folders and checkpoints: plain types, written whole or not at all, opened without running code, digested."""
 
+import csv
 import hashlib
+import io
+import json
 import os
 import pickle
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from config import Config
+
 FORMAT = 1
 BEST = Path("checkpoints/best.pth")
 PUBLISHED = Path("checkpoints/published.pth")
 LARGEST = 256 * 2**20  # bytes unpacked; ours have 4 to 16 MB
+COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "images_per_second",
+    "seconds",
+)
 
 
 class CheckpointError(Exception):
@@ -47,6 +64,8 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError, MemoryError,
             NotImplementedError, OverflowError, pickle.UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to open it all the same
+            reason = "it is damaged, or holds more than plain data"
         raise CheckpointError(f"{path} cannot be used: {reason}. Delete it, or take an undamaged copy") from error
     return content
 
@@ -85,3 +104,64 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def new_run(config: Config) -> Path:
+    """Make the folder runs/<time>-<experiment>, with the settings in config.json."""
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.experiment}" + "-synthetic" * (config.dataset == "synthetic")
+    folder = Path(config.runs_dir, name)
+    while folder.exists():  # another run of the same second
+        folder = folder.with_name(folder.name + "+")
+    folder.mkdir(parents=True)
+    text = json.dumps(asdict(config), indent=1)
+    write_whole(folder / "config.json", lambda file: file.write(text.encode()))
+    return folder
+
+
+def run_config(folder: Path, given: dict[str, Any]) -> Config:
+    """The settings of the run in `folder`; raises CheckpointError, also where a given setting says otherwise."""
+    try:
+        if (folder / "last.pth").exists():
+            config = Config(**load(folder / "last.pth")["config"])
+        else:
+            config = Config(**json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder} is no run that can go on: {error}") from error
+    stored = asdict(config)
+    differing = [f"{name} {stored[name]} (now {value})" for name, value in given.items() if stored[name] != value]
+    if differing:
+        raise CheckpointError(f"{folder} was started with other settings: {', '.join(differing)}")
+    return config
+
+
+def save_epoch(
+    folder: Path, config: Config, history: list[dict[str, Any]], state: dict[str, Any], best: dict[str, Any] | None
+) -> None:
+    """Write last.pth, log.csv and, from the weights `best`, best.pth (on real data also for the next grading).
+
+    last.pth, from which a run goes on, comes after best.pth: a run killed between them repeats the epoch and
+    writes the same best.pth again.
+    """
+    common = {
+        "config": asdict(config),
+        "epoch": len(history),
+        "metrics": history[-1],
+        "torch": str(torch.__version__),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    if best is not None:
+        save(folder / "best.pth", common | {"weights": best})
+        if config.dataset != "synthetic":
+            BEST.parent.mkdir(exist_ok=True)
+            save(BEST, common | {"weights": best})
+    save(folder / "last.pth", common | {"state": state, "history": history})
+    write_log(folder, history)
+
+
+def write_log(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write log.csv, a row an epoch, whole: the history in last.pth is its only source."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_whole(folder / "log.csv", lambda file: file.write(text.getvalue().encode()))

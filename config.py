@@ -136,7 +136,8 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
             help_text = f"start from a named set: {', '.join(EXPERIMENTS)}"
             parser.add_argument("--experiment", choices=tuple(EXPERIMENTS), default=argparse.SUPPRESS, help=help_text)
         elif f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(f"--{f.name}", action=action, default=argparse.SUPPRESS, help=text)
         else:
             choices = f.metadata["choices"] or None
             metavar = None if choices else f.type.__name__.upper()

@@ -195,7 +195,7 @@ def stripes(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
         wave(x, fine) & one,
         wave(y, fine) & one,
         wave(x + y, coarse * 0.7),
-        wave(x - y, coarse * 0.7),
+        wave(x + y, coarse * 0.7) ^ wave(x - y, coarse * 0.7),  # as all here, no other's mirror image
         wave(x, coarse) & one,
         wave(y, coarse) & one,
         wave(x, coarse) ^ wave(y, coarse),

@@ -80,8 +80,8 @@ class MobileNetV3(nn.Module):
         self.stem = nn.Sequential(*convolution(3, STEM, 3), nn.Hardswish())  # 16 x 32 x 32
         self.blocks = nn.Sequential(*(InvertedResidual(row, dropout) for row in ROWS))  # 160 x 2 x 2
         self.head = nn.Sequential(*convolution(ROWS[-1].outputs, HEAD, 1), nn.Hardswish())  # 960 x 2 x 2
-        self.pool = nn.AdaptiveAvgPool2d(1)  # 960 x 1 x 1
-        self.classifier = nn.Sequential(*dropout_layers(dropout), nn.Linear(HEAD, CLASSES))  # 100
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *dropout_layers(dropout))  # 960 x 1 x 1
+        self.classifier = nn.Linear(HEAD, CLASSES)  # 100
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised float (N, 3, 32, 32) to logits (N, 100)."""

@@ -1,23 +1,18 @@
 """Train the network on CIFAR-100: `python train.py`; every setting is a constant in config.py and a flag here."""
 
-from config import EXPERIMENTS, Config, changes, parse_command_line
+from config import Config, changes, parse_command_line
 
 # Parsed before the imports below, which take seconds: -h and a mistyped flag answer at once.
 ARGUMENTS = parse_command_line() if __name__ == "__main__" else None
 
 import argparse
-import csv
 import ctypes
-import io
-import json
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +27,6 @@ import data
 from augment import Batches
 from evaluate import evaluate, publish, report
 from model import MobileNetV3
-
-COLUMNS = (
-    "epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "images_per_second",
-    "seconds",
-)  # fmt: skip
 
 
 class Stopped(Exception):
@@ -176,7 +166,7 @@ def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = 
     train_images, validation = (data.load(config, part).to(device) for part in ("train", "validation"))
     run = Training(config, device)
     if folder is None:
-        folder = new_folder(config)
+        folder = checkpoint.new_run(config)
     if (folder / "last.pth").exists():
         run.load(checkpoint.load(folder / "last.pth"))
     announce(config, device, len(train_images.labels), folder)
@@ -190,7 +180,7 @@ def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = 
         if time.monotonic() - drawn > 60:  # a picture costs half a second
             draw_curves(run, folder)
             drawn = time.monotonic()
-    write_log(run, folder)
+    checkpoint.write_log(folder, run.history)
     draw_curves(run, folder)
     return folder
 
@@ -205,7 +195,12 @@ def finish_epoch(
     loss, accuracy = train_epoch(run, train_images, batches, stop)
     seconds = time.perf_counter() - start
     print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
-    row = dict.fromkeys(COLUMNS) | {"epoch": epoch, "lr": rate, "train_loss": loss, "train_accuracy": accuracy}
+    row = dict.fromkeys(checkpoint.COLUMNS) | {
+        "epoch": epoch,
+        "lr": rate,
+        "train_loss": loss,
+        "train_accuracy": accuracy,
+    }
     better = epoch == config.epochs
     if config.validation_per_class:
         scores = evaluate(run.graded(), validation)
@@ -216,40 +211,12 @@ def finish_epoch(
     row["seconds"] = time.perf_counter() - start
     run.scheduler.step()
     run.history.append(row)
-    save(run, folder, better)
+    state = {name: part.state_dict() for name, part in run.parts().items()}
+    best = run.graded().state_dict() if better else None
+    checkpoint.save_epoch(folder, config, run.history, state, best)
     if better and config.validation_per_class:
         print("Saved Best Model")
     print(f"Learning Rate: {run.scheduler.get_last_lr()[0]:.6f}", flush=True)
-
-
-def save(run: Training, folder: Path, better: bool) -> None:
-    """Write the epoch's checkpoints and log. last.pth, from which a run goes on, comes after best.pth: if the run
-    is killed between them, the repeated epoch writes the same best.pth again."""
-    common = {
-        "config": asdict(run.config),
-        "epoch": len(run.history),
-        "metrics": run.history[-1],
-        "torch": str(torch.__version__),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-    if better:
-        best = common | {"weights": run.graded().state_dict()}
-        checkpoint.save(folder / "best.pth", best)
-        if run.config.dataset != "synthetic":
-            checkpoint.BEST.parent.mkdir(exist_ok=True)
-            checkpoint.save(checkpoint.BEST, best)
-    state = {name: part.state_dict() for name, part in run.parts().items()}
-    checkpoint.save(folder / "last.pth", common | {"state": state, "history": run.history})
-    write_log(run, folder)
-
-
-def write_log(run: Training, folder: Path) -> None:
-    """log.csv, a row an epoch, whole from the history: last.pth is the one source."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(run.history)
-    checkpoint.write_whole(folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
 
 
 def draw_curves(run: Training, folder: Path) -> None:
@@ -268,18 +235,6 @@ def choose_device(config: Config) -> torch.device:
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def new_folder(config: Config) -> Path:
-    """Make runs/<time>-<experiment>, with the settings in config.json."""
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.experiment}" + "-synthetic" * (config.dataset == "synthetic")
-    folder = Path(config.runs_dir, name)
-    while folder.exists():
-        folder = folder.with_name(folder.name + "+")
-    folder.mkdir(parents=True)
-    text = json.dumps(asdict(config), indent=1)
-    checkpoint.write_whole(folder / "config.json", lambda file: file.write(text.encode()))
-    return folder
 
 
 def announce(config: Config, device: torch.device, images: int, folder: Path) -> None:
@@ -305,22 +260,6 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
 
 
-def resumed(folder: Path, given: dict[str, Any]) -> Config:
-    """The settings of the run in `folder`; raises CheckpointError, also where a given flag says otherwise."""
-    try:
-        if (folder / "last.pth").exists():
-            config = Config(**checkpoint.load(folder / "last.pth")["config"])
-        else:
-            config = Config(**json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise checkpoint.CheckpointError(f"{folder} is no run folder that can go on: {error}") from error
-    stored = asdict(config)
-    differing = [f"{name} {stored[name]} (now {value})" for name, value in given.items() if stored[name] != value]
-    if differing:
-        raise checkpoint.CheckpointError(f"{folder} was started with other settings: {', '.join(differing)}")
-    return config
-
-
 def main(arguments: argparse.Namespace) -> int:
     """The program: train, resume or publish; the exit code."""
     keep_freed_memory()
@@ -332,8 +271,9 @@ def main(arguments: argparse.Namespace) -> int:
             print(report(publish(Path(arguments.publish))))
             return 0
         folder = Path(arguments.resume) if arguments.resume else None
-        config = arguments.config if folder is None else resumed(folder, arguments.given)
+        config = arguments.config if folder is None else checkpoint.run_config(folder, arguments.given)
         folder = train(config, folder, lambda: received[0] if received else 0)
+        best = checkpoint.load(folder / "best.pth")
     except Stopped as stopped:
         number, folder = stopped.args
         print(f"\nStopped in the middle of an epoch. Go on with: python train.py --resume {folder}")
@@ -341,7 +281,6 @@ def main(arguments: argparse.Namespace) -> int:
     except (checkpoint.CheckpointError, data.DataError, Diverged) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
-    best = checkpoint.load(folder / "best.pth")
     print(f"Best epoch {best['epoch']}; log, curves and checkpoints are in {folder}")
     print(f"Grade it with: python evaluate.py --checkpoint {folder / 'best.pth'}")
     return 0

@@ -1,5 +1,6 @@
 """Draw a run's loss and accuracy curves."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def draw(history: list[dict[str, Any]], title: str, path: Path) -> None:
     validated = history[0]["validation_accuracy"] is not None
     best = max(history, key=lambda row: row["validation_accuracy"]) if validated else history[-1]
     for axes, name, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy", "%"), strict=True):
-        for before, after in zip(history, history[1:], strict=False):
+        for before, after in pairwise(history):
             if after["lr"] < 0.9 * before["lr"]:
                 axes.axvline(before["epoch"] + 0.5, color="0.85", linewidth=0.8)
         axes.plot(epochs, [row[f"train_{name}"] for row in history], "--", color=ORANGE, label="train")
