@@ -134,15 +134,14 @@ def autocontrast(images: Tensor, level: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor, level: Tensor) -> Tensor:
-    """Give each channel's values their rank, so that they spread evenly over 0..255."""
+    """Spread each channel's values evenly over 0..255, with PIL's whole steps."""
     values = images.flatten(2).round().long()
-    counts = torch.zeros(*values.shape[:2], 256, device=images.device).scatter_add_(
-        2, values, torch.ones_like(values, dtype=torch.float32)
-    )
-    cumulative = counts.cumsum(2)
-    lowest = cumulative.gather(2, values.amin(2, keepdim=True))
-    ranks = (cumulative - lowest) * (255 / (values.shape[2] - lowest).clamp(min=1))
-    return ranks.gather(2, values).view_as(images)
+    counts = torch.zeros(*values.shape[:2], 256, device=images.device)
+    counts.scatter_add_(2, values, torch.ones_like(images).flatten(2))
+    step = ((values.shape[2] - counts.gather(2, values.amax(2, keepdim=True))) / 255).floor()
+    below = counts.cumsum(2) - counts
+    table = ((below + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(max=255)
+    return torch.where(step > 0, table.gather(2, values), values).view(images.shape)
 
 
 OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (

@@ -45,26 +45,28 @@ class Images(NamedTuple):
         return Images(self.images.to(device), self.labels.to(device))
 
 
-def load(config: Config, part: str) -> Images:
-    """The "train", "validation" or "test" part of the configured set, on the CPU.
-
-    Raises DataError where CIFAR-100 is neither there nor to be had.
-    """
-    source = "test" if part == "test" else "train"
-    if config.dataset == "synthetic":
-        images, labels = synthetic(SYNTHETIC_PER_CLASS[source], seed=len(source))
-    else:
-        path = Path(config.data_dir) / "cifar100.npz"
-        if not path.exists():
-            build(path)
-        arrays = read(path, source)
-        images = torch.from_numpy(arrays[f"{source}_images"]).permute(0, 3, 1, 2).contiguous()
-        labels = torch.from_numpy(arrays[f"{source}_labels"]).long()
-    if part == "test":
-        return Images(images, labels)
+def load_training(config: Config) -> tuple[Images, Images]:
+    """The images that are trained on and those kept for validation, on the CPU; raises DataError."""
+    images, labels = load(config, "train", config.images_per_class)
     train, validation = split(labels, config.validation_per_class, config.images_per_class)
-    chosen = train if part == "train" else validation
-    return Images(images[chosen], labels[chosen])
+    return Images(images[train], labels[train]), Images(images[validation], labels[validation])
+
+
+def load_test(config: Config) -> Images:
+    """The test images, which nothing but grading may read; raises DataError."""
+    return load(config, "test")
+
+
+def load(config: Config, source: str, per_class: int = 0) -> Images:
+    """All "train" or "test" images of the configured set; of the synthetic set only so many a class as asked for."""
+    if config.dataset == "synthetic":
+        return Images(*synthetic(per_class or SYNTHETIC_PER_CLASS[source], seed=len(source)))
+    path = Path(config.data_dir) / "cifar100.npz"
+    if not path.exists():
+        build(path)
+    arrays = read(path, source)
+    images = torch.from_numpy(arrays[f"{source}_images"]).permute(0, 3, 1, 2).contiguous()
+    return Images(images, torch.from_numpy(arrays[f"{source}_labels"]).long())
 
 
 def split(labels: Tensor, validation_per_class: int, images_per_class: int = 0) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ def grade(path: Path, device: str = "auto", data_dir: str = "data", batch: int =
     network = load_network(content, path).to(where, memory_format=torch.channels_last)
     operations, size = measure(network)
     dataset = content["config"]["dataset"]
-    test = data.load(Config(dataset=dataset, data_dir=data_dir), "test").to(where)
+    test = data.load_test(Config(dataset=dataset, data_dir=data_dir)).to(where)
     start = time.perf_counter()
     scores = evaluate(network, test, batch)
     return {

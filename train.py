@@ -163,7 +163,7 @@ def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = 
     Raises DataError, CheckpointError, Diverged, Stopped.
     """
     device = choose_device(config)
-    train_images, validation = (data.load(config, part).to(device) for part in ("train", "validation"))
+    train_images, validation = (part.to(device) for part in data.load_training(config))
     run = Training(config, device)
     if folder is None:
         folder = checkpoint.new_run(config)

@@ -1,0 +1,140 @@
+"""Augmentation of batches against plain per-image references."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Generator, Tensor
+
+import augment
+import data
+from config import Config
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return data.synthetic(1, seed=3)[0]
+
+
+def test_normalise_against_its_formula(images: Tensor) -> None:
+    expected = (images.numpy() / 255 - np.reshape(data.MEAN, (3, 1, 1))) / np.reshape(data.STD, (3, 1, 1))
+    result = augment.normalise(images)
+    assert np.allclose(result, expected, atol=1e-5)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("reflect", "mode"), [(False, "constant"), (True, "reflect")])
+def test_crop_against_numpy(images: Tensor, reflect: bool, mode: str) -> None:
+    result = augment.random_crop(images, 4, reflect, seeded())
+    rows, columns = torch.randint(9, (2, len(images)), generator=seeded()).tolist()
+    for image, cropped, row, column in zip(images.numpy(), result.numpy(), rows, columns, strict=True):
+        padded = np.pad(image, ((0, 0), (4, 4), (4, 4)), mode=mode)
+        assert np.array_equal(cropped, padded[:, row : row + 32, column : column + 32])
+    assert len(set(rows)) == len(set(columns)) == 9, "all offsets occur"
+
+
+def test_flip_mirrors_about_half(images: Tensor) -> None:
+    result = augment.random_flip(images, seeded())
+    flipped = torch.tensor([not torch.equal(a, b) for a, b in zip(result, images, strict=True)])
+    assert torch.equal(result[flipped], images[flipped].flip(3))
+    assert 35 <= flipped.sum() <= 65
+
+
+def test_cutout_blanks_one_square(images: Tensor) -> None:
+    inputs = augment.normalise(images) + 100  # nowhere 0
+    blank = augment.cutout(inputs, 8, seeded()) == 0
+    assert (blank.sum((1, 2, 3)) > 0).all()
+    for mask in blank:
+        rows, columns = mask[0].any(1).nonzero().flatten(), mask[0].any(0).nonzero().flatten()
+        assert len(rows) <= 8 and len(columns) <= 8
+        assert mask.sum() == 3 * len(rows) * len(columns), "a full rectangle, the same in each channel"
+    assert blank.sum() > 0.5 * 3 * 64 * len(images), "squares are cut off at the border only"
+
+
+def reference_sample(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Bilinear, pixel by pixel; the image's sides reach from -1 to 1."""
+    height, width = image.shape[1:]
+    result = np.zeros_like(image)
+    for row in range(height):
+        for column in range(width):
+            x, y = matrix @ ((2 * column + 1) / width - 1, (2 * row + 1) / height - 1, 1)
+            left, top = ((x + 1) * width - 1) / 2, ((y + 1) * height - 1) / 2
+            for i in (math.floor(top), math.floor(top) + 1):
+                for j in (math.floor(left), math.floor(left) + 1):
+                    if 0 <= i < height and 0 <= j < width:
+                        result[:, row, column] += image[:, i, j] * (1 - abs(top - i)) * (1 - abs(left - j))
+    return result
+
+
+@pytest.mark.parametrize("place", range(1, 6))
+def test_geometric_operations_against_a_loop_over_pixels(images: Tensor, place: int) -> None:
+    for image, level in zip(images[::40].float(), (-0.7, 0.2, 1.0), strict=True):
+        angle = math.radians(30 * level)
+        matrix = {
+            1: [[1, 0.3 * level, 0], [0, 1, 0]],
+            2: [[1, 0, 0], [0.3 * level, 1, 0]],
+            3: [[1, 0, 0.6 * level], [0, 1, 0]],
+            4: [[1, 0, 0], [0, 1, 0.6 * level]],
+            5: [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]],
+        }[place]
+        result = augment.OPERATIONS[place](image[None], torch.full((1, 1, 1, 1), level))[0]
+        assert np.allclose(result, reference_sample(image.numpy(), np.array(matrix)), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("place", "reference", "tolerance"),
+    [
+        (6, lambda image, level: 255 * TF.adjust_brightness(image / 255, 1 + 0.9 * level), 0.1),
+        (7, lambda image, level: 255 * TF.adjust_saturation(image / 255, 1 + 0.9 * level), 0.1),
+        (8, lambda image, level: 255 * TF.adjust_contrast(image / 255, 1 + 0.9 * level), 0.1),
+        (9, lambda image, level: 255 * TF.adjust_sharpness(image / 255, 1 + 0.9 * level), 0.1),
+        (10, lambda image, level: TF.posterize(image, 8 - round(4 * abs(level))), 0.0),
+        (11, lambda image, level: TF.solarize(image, 256 * (1 - abs(level))), 0.0),
+        (12, lambda image, level: 255 * TF.autocontrast(image / 255), 0.1),
+        (13, lambda image, level: TF.equalize(image), 0.0),
+    ],
+)
+def test_colour_operations_against_torchvision(images: Tensor, place: int, reference, tolerance: float) -> None:
+    """torchvision's, image by image."""
+    for image, level in zip(images[::13], torch.linspace(-0.9, 0.9, 8).tolist(), strict=True):
+        result = augment.OPERATIONS[place](image[None].float(), torch.full((1, 1, 1, 1), level))[0].clamp(0, 255)
+        assert (result - reference(image, level).float()).abs().max() <= tolerance
+
+
+def test_trivial_augment_changes_its_share_per_sample(images: Tensor) -> None:
+    result = augment.trivial_augment(images, 0.5, seeded())
+    assert torch.equal(result[50:], images[50:].float())
+    changed = (result[:50] != images[:50]).flatten(1).any(1)
+    assert changed.sum() >= 40  # all but the identity's share and images with nothing to stretch
+    same = images[:1].expand(100, -1, -1, -1)
+    assert len(augment.trivial_augment(same, 1.0, seeded()).flatten(1).unique(dim=0)) > 70  # ten continuous operations
+    assert torch.equal(
+        augment.trivial_augment(images[:5], 1.0, seeded()), augment.trivial_augment(images[:5], 1.0, seeded())
+    )
+
+
+def test_batches_follow_from_the_generator(images: Tensor) -> None:
+    batches, labels = augment.Batches(Config(trivial_augment=0.5, cutout=8)), torch.arange(100)
+    first, _ = batches(images, labels, seeded())
+    assert torch.equal(batches(images, labels, seeded())[0], first)
+    assert not torch.equal(batches(images, labels, seeded(1))[0], first)
+    plain, same = augment.Batches(Config(flip=False, crop_padding=0))(images, labels, seeded())
+    assert torch.equal(plain, augment.normalise(images))
+    assert torch.equal(same, labels)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing_gives_shares_of_two_labels(images: Tensor, kind: str) -> None:
+    torch.manual_seed(0)
+    inputs, shares = augment.Batches(Config(**{kind: 1.0}))(images, torch.arange(100), seeded())
+    assert inputs.shape == images.shape
+    assert torch.allclose(shares.sum(1), torch.ones(100))
+    assert ((shares > 0).sum(1) == 2).all()
+    _, hard = augment.Batches(Config(**{kind: 1.0}, mix_share=0.0))(images, torch.arange(100), seeded())
+    assert torch.equal(hard, torch.arange(100))

@@ -1,0 +1,110 @@
+"""Checkpoints: what is written comes back, what is damaged or hostile does not."""
+
+import os
+import random
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+
+CONTENT = {
+    "weights": {"a": torch.arange(600.0).view(20, 30), "b": torch.tensor(3)},
+    "history": [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": None}],
+    "empty": {},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    checkpoint.save(tmp_path / "some.pth", CONTENT)
+    return tmp_path / "some.pth"
+
+
+def test_what_is_saved_comes_back(path: Path) -> None:
+    content = checkpoint.load(path)
+    assert content.pop("format") == checkpoint.FORMAT
+    assert checkpoint.digest(content) == checkpoint.digest(CONTENT)
+    assert torch.equal(content["weights"]["a"], CONTENT["weights"]["a"])
+    assert list(path.parent.iterdir()) == [path], "no temporary file is left"
+
+
+def test_the_digest_covers_names_shapes_types_and_bytes() -> None:
+    a = CONTENT["weights"]["a"]
+    others = [{"b": a}, {"a": a.view(30, 20)}, {"a": a.int()}, {"a": a.T.contiguous().T + 0, "c": 1}]
+    others.append({"a": torch.where(a == 7, torch.nextafter(a, a + 1), a)})
+    digests = {checkpoint.digest(content) for content in [{"a": a}, *others]}
+    assert len(digests) == len(others) + 1
+
+
+def test_a_flipped_bit_is_refused_or_harmless(path: Path) -> None:
+    good, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(100):
+        content = bytearray(good)
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            opened = checkpoint.load(path)
+        except checkpoint.CheckpointError as error:
+            refused += 1
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+        else:
+            assert torch.equal(opened["weights"]["a"], CONTENT["weights"]["a"])
+    assert refused > 20
+
+
+def test_a_truncated_file_is_refused(path: Path) -> None:
+    good, rng = path.read_bytes(), random.Random(0)
+    for size in [0, 1, len(good) - 1, *(rng.randrange(len(good)) for _ in range(20))]:
+        path.write_bytes(good[:size])
+        with pytest.raises(checkpoint.CheckpointError, match=r"some\.pth cannot be used"):
+            checkpoint.load(path)
+
+
+class Bomb:
+    exploded = False
+
+    def __reduce__(self) -> tuple:
+        return setattr, (Bomb, "exploded", True)
+
+
+def test_code_in_a_checkpoint_does_not_run(path: Path) -> None:
+    torch.save({"format": 1, "weights": Bomb(), "digest": ""}, path)
+    with pytest.raises(checkpoint.CheckpointError, match="more than plain data") as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+    assert not Bomb.exploded
+
+
+def test_other_files_are_refused(path: Path) -> None:
+    torch.save({"weights": {}}, path)
+    with pytest.raises(checkpoint.CheckpointError, match="not written by this program"):
+        checkpoint.load(path)
+    checkpoint.save(path, {"format": 0})
+    with pytest.raises(checkpoint.CheckpointError, match="its format is 0"):
+        checkpoint.load(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(checkpoint.LARGEST + 1))
+    with pytest.raises(checkpoint.CheckpointError, match="unpacks to more"):
+        checkpoint.load(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be used"):
+        checkpoint.load(path)
+
+
+def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(path, {"weights": {}})
+    assert path.read_bytes() == good
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,104 @@
+"""Grading: the shipped checkpoint's figures, and what grading must not do."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import grade_without_data
+from torch import nn
+
+import checkpoint
+import data
+import evaluate
+
+
+def test_grade(request: pytest.FixtureRequest, summary: list[str]) -> None:
+    """Grade what a user would: checkpoints/best.pth where there is one, else the published checkpoint."""
+    path = evaluate.default_checkpoint()
+    summary.append(grade_without_data(path))
+    request.getfixturevalue("cifar100")  # skips from here where it cannot be had
+    result = evaluate.grade(path)
+    summary[:] = [evaluate.report(result)]
+    assert (result["flops"], f"{result['size_kb']:.3f}", result["images"]) == (11_776_320, "3814.391", 10_000)
+    assert 1 < result["accuracy"] <= result["top5"] <= 100
+
+
+def test_published_accuracy_is_the_one_in_its_provenance_and_in_the_readme(cifar100: dict) -> None:
+    content = checkpoint.load(checkpoint.PUBLISHED)
+    measured = evaluate.grade(checkpoint.PUBLISHED)
+    assert measured["accuracy"] == pytest.approx(content["test"]["accuracy"], abs=0.02)
+    assert measured["top5"] == pytest.approx(content["test"]["top5"], abs=0.02)
+    (figure,) = re.findall(r"^Accuracy = (\d+\.\d\d) %$", Path("README.md").read_text(), re.MULTILINE)
+    assert float(figure) == pytest.approx(content["test"]["accuracy"], abs=0.006)
+
+
+def test_published_checkpoint_is_small_and_plain() -> None:
+    assert checkpoint.PUBLISHED.stat().st_size < 4.2e6
+    content = checkpoint.load(checkpoint.PUBLISHED)
+    assert content["digests"] == data.SHA256
+    assert {"config", "epoch", "date", "torch", "history", "test", "run"} <= content.keys()
+    assert content["config"]["dataset"] == "cifar100"
+
+
+def test_scores_do_not_depend_on_the_batch_and_change_nothing(network: nn.Module) -> None:
+    images = data.Images(*data.synthetic(3, seed=0))
+    before = copy.deepcopy(network.state_dict())
+    scores = [evaluate.evaluate(network, images, batch) for batch in (7, 100, 300)]
+    assert all(score == pytest.approx(scores[0], abs=1e-4) for score in scores)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_scores_against_a_loop() -> None:
+    """A network whose logits are known, scored by hand."""
+    images = data.Images(torch.zeros(50, 3, 32, 32, dtype=torch.uint8), torch.randint(100, (50,)))
+    logits = torch.randn(50, 100)
+    known = nn.Identity()
+    known.forward = lambda x: logits
+    hits = {1: 0, 5: 0}
+    for row, label in zip(logits, images.labels, strict=True):
+        place = int((row > row[label]).sum())
+        for k in hits:
+            hits[k] += place < k
+    scores = evaluate.evaluate(known, images)
+    assert (scores.top1, scores.top5) == (2 * hits[1], 2 * hits[5])
+    assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, images.labels).item(), rel=1e-5)
+
+
+def write_checkpoint(path: Path, network: nn.Module) -> Path:
+    config = {"dataset": "synthetic", "experiment": "default"}
+    checkpoint.save(path, {"config": config, "date": "2026-01-01", "epoch": 1, "weights": network.state_dict()})
+    return path
+
+
+def test_the_program_prints_the_three_lines_last(network: nn.Module, tmp_path: Path, capsys) -> None:
+    path = write_checkpoint(tmp_path / "any.pth", network)
+    assert evaluate.main(["--checkpoint", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert str(path) in lines[0] and "synthetic" in lines[0] and "2026-01-01" in lines[0]
+    assert lines[-3] == "flops = 11776320"
+    assert lines[-2] == "Model parameter size = 3814.391 kB"
+    assert re.fullmatch(r"Accuracy = \d+\.\d\d %", lines[-1])
+    assert evaluate.main(["--checkpoint", str(path), "--json", "--batch_size", "64"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert f"Accuracy = {result['accuracy']:.2f} %" == lines[-1]
+
+
+def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys) -> None:
+    assert evaluate.main(["--checkpoint", str(tmp_path / "none.pth")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none.pth" in line
+
+
+def test_an_unfinished_or_synthetic_run_is_not_published(network: nn.Module, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "best.pth", network)
+    write_checkpoint(tmp_path / "last.pth", network)
+    with pytest.raises(checkpoint.CheckpointError, match="synthetic data"):
+        evaluate.publish(tmp_path)
+    for name, epochs in (("best.pth", 3), ("last.pth", 3)):
+        config = {"dataset": "cifar100", "experiment": "default", "epochs": epochs}
+        checkpoint.save(tmp_path / name, {"config": config, "epoch": 2, "weights": network.state_dict()})
+    with pytest.raises(checkpoint.CheckpointError, match=r"2 of 3 epochs.*--resume"):
+        evaluate.publish(tmp_path)

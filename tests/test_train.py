@@ -1,0 +1,234 @@
+"""Training: schedule, loop, files, stopping, resuming and refusing."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import checkpoint
+import train
+from augment import Batches
+from config import EXPERIMENTS, Config
+
+EVERYTHING = {  # the parts of a recipe that hold a state or draw random numbers
+    "schedule": "cosine", "warmup_epochs": 1, "lr": 3e-3, "weight_decay": 0.05, "decay_norms": False, "ema": 0.9,
+    "label_smoothing": 0.1, "dropout": 0.1, "trivial_augment": 0.5, "cutout": 8, "mixup": 0.2, "cutmix": 1.0,
+    "mix_share": 0.5,
+}  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """log.csv without its timing columns."""
+    with (folder / "log.csv").open() as file:
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(file)
+        ]
+
+
+def state(folder: Path) -> list[tuple[str, object]]:
+    return list(checkpoint.leaves(checkpoint.load(folder / "last.pth")["state"]))
+
+
+def same(a: list[tuple[str, object]], b: list[tuple[str, object]]) -> bool:
+    return len(a) == len(b) and all(
+        x == y and (torch.equal(v, w) if isinstance(v, Tensor) else v == w) for (x, v), (y, w) in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_learning_rate_at_the_decays(name: str) -> None:
+    """The rate after epoch e, as it is printed, is lr * gamma ** (e // step)."""
+    config = Config(**EXPERIMENTS[name])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    scheduler = train.make_scheduler(config, optimizer)
+    for epoch in range(1, config.epochs + 1):
+        optimizer.step()
+        scheduler.step()
+        expected = config.lr * config.lr_gamma ** (epoch // config.lr_step)
+        assert scheduler.get_last_lr()[0] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_default_step_scales_with_the_run_and_warm_up_multiplies() -> None:
+    for epochs, step in ((130, 38), (26, 8), (2, 1)):
+        assert train.make_scheduler(Config(epochs=epochs), sgd()).step_size == step
+    rates = []
+    scheduler = train.make_scheduler(Config(epochs=10, warmup_epochs=2, schedule="cosine", lr=1.0), sgd())
+    for _ in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.step()
+    cosine = [(1 + torch.tensor(t * torch.pi / 10).cos().item()) / 2 for t in range(10)]
+    warm = [1 / 3, 2 / 3] + [1.0] * 8
+    assert rates == pytest.approx([c * w for c, w in zip(cosine, warm, strict=True)], abs=1e-6)
+
+
+def sgd() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
+
+def test_no_decay_on_norms_and_biases_where_set() -> None:
+    for decay_norms in (True, False):
+        optimizer = train.make_optimizer(Config(decay_norms=decay_norms), train.MobileNetV3())
+        decayed, plain = optimizer.param_groups
+        assert {p.ndim for p in decayed["params"]} == {2, 4}
+        assert {p.ndim for p in plain["params"]} == {1}
+        assert plain["weight_decay"] == (1e-4 if decay_norms else 0)
+
+
+def test_a_run_prints_and_writes_what_it_should(tiny: Config, capsys: pytest.CaptureFixture) -> None:
+    folder = train.train(replace(tiny, epochs=3, lr=3e-3))
+    lines = capsys.readouterr().out.splitlines()
+    epochs = "\n".join(lines[lines.index("Epoch 1/3") :])
+    number = r"\d+\.\d{4}, (Train|Validation) Accuracy: \d+\.\d\d%"
+    assert re.fullmatch(
+        rf"(Epoch \d/3\nTrain Loss: {number}\nValidation Loss: {number}\n(Saved Best Model\n)?"
+        r"Learning Rate: \d\.\d{6}\n?){3}",
+        epochs,
+    )
+    assert any("synthetic" in line for line in lines)
+    log = rows(folder)
+    assert [row["epoch"] for row in log] == ["1", "2", "3"]
+    assert [float(row["lr"]) for row in log] == [3e-3, 1.5e-3, 0.75e-3], "the rate that the epoch used"
+    assert float(log[2]["train_loss"]) < float(log[0]["train_loss"])
+    assert json.loads((folder / "config.json").read_text()) == asdict(replace(tiny, epochs=3, lr=3e-3))
+    accuracies = [float(row["validation_accuracy"]) for row in log]
+    best = checkpoint.load(folder / "best.pth")
+    assert best["epoch"] == 1 + accuracies.index(max(accuracies)), "the first of the best: strict improvement only"
+    assert best["metrics"]["validation_accuracy"] == max(accuracies)
+    assert epochs.count("Saved Best Model") == sum(
+        a > max(accuracies[:i], default=-1) for i, a in enumerate(accuracies)
+    )
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not checkpoint.BEST.exists(), "synthetic runs never write under checkpoints/"
+    assert sorted(p.name for p in folder.iterdir()) == ["best.pth", "config.json", "curves.png", "last.pth", "log.csv"]
+
+
+def test_without_validation_the_last_epoch_is_saved(tiny: Config, capsys: pytest.CaptureFixture) -> None:
+    folder = train.train(replace(tiny, validation_per_class=0))
+    printed = capsys.readouterr().out
+    assert "Validation" not in printed
+    assert "Saved" not in printed
+    assert {row["validation_loss"] + row["validation_accuracy"] for row in rows(folder)} == {""}
+    assert checkpoint.load(folder / "best.pth")["epoch"] == 2
+
+
+@pytest.mark.parametrize("recipe", [{}, EVERYTHING, {"optimizer": "sgd", "lr": 0.1}], ids=["default", "all", "sgd"])
+def test_resuming_equals_never_stopping(tiny: Config, recipe: dict) -> None:
+    """Stopped in the middle of the second epoch; weights, optimizer and log are the same, bit for bit."""
+    config = replace(tiny, **recipe)
+    whole = train.train(config)
+    steps = iter(range(1000))
+    with pytest.raises(train.Stopped) as stopped:
+        train.train(config, stop=lambda: 15 if next(steps) == 10 else 0)  # 7 steps an epoch
+    number, folder = stopped.value.args
+    assert (number, len(rows(folder))) == (15, 1)
+    assert train.train(config, folder) == folder
+    assert same(state(folder), state(whole))
+    assert rows(folder) == rows(whole)
+    other = train.train(replace(config, seed=1))
+    assert not same(state(other), state(whole))
+
+
+def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
+    folder = train.train(replace(tiny, epochs=1))
+    assert checkpoint.run_config(folder, {"epochs": 1}) == replace(tiny, epochs=1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"other settings: epochs 1 \(now 5\), lr 0.01 \(now 0.1\)"):
+        checkpoint.run_config(folder, {"epochs": 5, "lr": 0.1})
+    with pytest.raises(checkpoint.CheckpointError, match="no run"):
+        checkpoint.run_config(folder.parent, {})
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny: Config) -> None:
+    folder = train.train(replace(tiny, epochs=1))
+    good = (folder / "last.pth").read_bytes()
+    torch.manual_seed(0)
+    with pytest.raises(train.Diverged, match=r"epoch 2 at learning rate 1000"):
+        explode(folder, replace(tiny, optimizer="sgd", lr=1e3))
+    assert (folder / "last.pth").read_bytes() == good
+
+
+def explode(folder: Path, config: Config) -> None:
+    """Go on with a run at another learning rate, as resuming would refuse to."""
+    run = train.Training(config, torch.device("cpu"))
+    run.history = checkpoint.load(folder / "last.pth")["history"]
+    parts = train.data.load_training(config)
+    for _ in range(3):
+        train.finish_epoch(run, *parts, Batches(config), lambda: 0, folder)
+        run.history.pop()
+
+
+def test_a_step_reads_nothing_back(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each of these would wait for the device."""
+    run, batches = train.Training(tiny, torch.device("cpu")), Batches(tiny)
+    images, labels = train.data.load_training(tiny)[0]
+    counts = Counter()
+    for name in ("item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"):
+        original = getattr(Tensor, name)
+
+        def counted(self: Tensor, *args: object, name: str = name, original: object = original) -> object:
+            counts[name] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    sums = torch.zeros(2)
+    for index in torch.arange(384).split(128):
+        run.step(*batches(images[index], labels[index], torch.Generator().manual_seed(0)), sums)
+    assert counts == {}
+    assert sums.tolist()[0] > 0
+    assert counts == {"tolist": 1}, "the counter counts"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_cuda_step_never_synchronises(tiny: Config) -> None:
+    config = replace(tiny, device="cuda", **EVERYTHING)
+    device = torch.device("cuda")
+    run, batches = train.Training(config, device), Batches(config)
+    images = train.data.load_training(config)[0].to(device)
+    generator, sums = torch.Generator(device).manual_seed(0), torch.zeros(2, device=device)
+    parts = torch.arange(512, device=device).split(128)
+    run.step(*batches(images.images[parts[0]], images.labels[parts[0]], generator), sums)  # first use may set up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for index in parts[1:]:
+            run.step(*batches(images.images[index], images.labels[index], generator), sums)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sums.isfinite().all()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[list[str]]:
+    """The command of a synthetic run that lasts long enough to be interrupted."""
+    yield [
+        sys.executable, "train.py", "--dataset", "synthetic", "--epochs", "50", "--images_per_class", "8",
+        "--validation_per_class", "3", "--batch_size", "64", "--threads", "1", "--device", "cpu",
+        "--runs_dir", str(tmp_path),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_within_a_step_and_give_the_command(program: list[str], tmp_path: Path, number: int) -> None:
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("*/last.pth")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    start = time.monotonic()
+    printed, errors = process.communicate(timeout=60)
+    assert time.monotonic() - start < 10  # a step takes about 0.2 s
+    assert process.returncode == 128 + number
+    (folder,) = tmp_path.iterdir()
+    assert printed.splitlines()[-1].endswith(f"python train.py --resume {folder}")
+    assert errors == "", "no bar where the output is no terminal"
+    assert len(rows(folder)) < 50
