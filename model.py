@@ -45,7 +45,7 @@ class SqueezeExcitation(nn.Module):
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.gate = nn.Sequential(
-            nn.Linear(channels, channels // 4), nn.ReLU(), nn.Linear(channels // 4, channels), nn.Sigmoid()
+            nn.Linear(channels, channels // 4), nn.ReLU(inplace=True), nn.Linear(channels // 4, channels), nn.Sigmoid()
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,9 +58,10 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, row: Row, dropout: float = 0.0) -> None:
         super().__init__()
-        self.expand = nn.Sequential(*convolution(row.inputs, row.hidden, 1), row.activation())
+        self.expand = nn.Sequential(*convolution(row.inputs, row.hidden, 1), row.activation(inplace=True))
         self.depthwise = nn.Sequential(
-            *convolution(row.hidden, row.hidden, row.kernel, row.stride, groups=row.hidden), row.activation()
+            *convolution(row.hidden, row.hidden, row.kernel, row.stride, groups=row.hidden),
+            row.activation(inplace=True),
         )
         self.excite = SqueezeExcitation(row.hidden) if row.squeeze_excitation else nn.Identity()
         self.project = nn.Sequential(*convolution(row.hidden, row.outputs, 1), *dropout_layers(dropout))
@@ -77,9 +78,9 @@ class MobileNetV3(nn.Module):
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*convolution(3, STEM, 3), nn.Hardswish())  # 16 x 32 x 32
+        self.stem = nn.Sequential(*convolution(3, STEM, 3), nn.Hardswish(inplace=True))  # 16 x 32 x 32
         self.blocks = nn.Sequential(*(InvertedResidual(row, dropout) for row in ROWS))  # 160 x 2 x 2
-        self.head = nn.Sequential(*convolution(ROWS[-1].outputs, HEAD, 1), nn.Hardswish())  # 960 x 2 x 2
+        self.head = nn.Sequential(*convolution(ROWS[-1].outputs, HEAD, 1), nn.Hardswish(inplace=True))  # 960 x 2 x 2
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *dropout_layers(dropout))  # 960 x 1 x 1
         self.classifier = nn.Linear(HEAD, CLASSES)  # 100
 
