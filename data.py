@@ -36,7 +36,7 @@ class DataError(Exception):
 
 
 class Images(NamedTuple):
-    """Images as uint8 (N, 3, 32, 32) and labels as int64 (N,), on one device."""
+    """Images as uint8 (N, 3, 32, 32), channels_last, and labels as int64 (N,), on one device."""
 
     images: Tensor
     labels: Tensor
@@ -65,7 +65,7 @@ def load(config: Config, source: str, per_class: int = 0) -> Images:
     if not path.exists():
         build(path)
     arrays = read(path, source)
-    images = torch.from_numpy(arrays[f"{source}_images"]).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(arrays[f"{source}_images"]).permute(0, 3, 1, 2)
     return Images(images, torch.from_numpy(arrays[f"{source}_labels"]).long())
 
 
@@ -162,7 +162,7 @@ def synthetic(per_class: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor
     figure = torch.where(texture.unsqueeze(1), bright, dark)
     images = torch.where(shape.unsqueeze(1), figure, ground)
     images = images + 0.05 * torch.randn(images.shape, generator=generator)
-    return (images.clamp(0, 1) * 255).to(torch.uint8), labels
+    return (images.clamp(0, 1) * 255).to(torch.uint8, memory_format=torch.channels_last), labels
 
 
 def inside_shape(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:

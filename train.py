@@ -120,23 +120,24 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer) -> lr_sched
     return lr_scheduler.ChainedScheduler([warmup, decay])
 
 
-def train_epoch(run: Training, images: data.Images, batches: Batches, stop: Callable[[], int]) -> tuple[float, float]:
+def train_epoch(run: Training, batches: Batches, stop: Callable[[], int]) -> tuple[float, float]:
     """Train on every image once, in an order that follows from (seed, epoch); mean loss and accuracy in %.
 
     The last images that do not fill a batch are left out, others in each epoch, so that all steps have one shape.
     """
-    epoch, size = len(run.history), min(run.config.batch_size, len(images.labels))
+    epoch, count = len(run.history), len(batches.labels)
+    size = min(run.config.batch_size, count)
     seed = run.config.seed * 1_000_003 + epoch
     torch.manual_seed(seed)  # dropout and mixing
     generator = torch.Generator(run.device).manual_seed(seed)
-    order = torch.randperm(len(images.labels), device=run.device, generator=generator)
-    order = order[: len(order) // size * size].split(size)
+    order = torch.randperm(count, device=run.device, generator=generator)
+    order = order[: count // size * size].split(size)
     sums = torch.zeros(2, device=run.device)
     run.network.train()
     read = time.monotonic()
     with tqdm(total=len(order) * size, unit=" images", disable=None, leave=False, mininterval=0.5) as bar:
         for done, index in enumerate(order, start=1):
-            run.step(*batches(images.images[index], images.labels[index], generator), sums)
+            run.step(*batches(index, generator), sums)
             if signal_number := stop():
                 raise Stopped(signal_number)
             if not bar.disable and time.monotonic() - read > 0.5:  # reading waits for the device
@@ -167,18 +168,19 @@ def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = 
     Raises DataError, CheckpointError, Diverged, Stopped.
     """
     device = choose_device(config)
-    train_images, validation = (part.to(device) for part in data.load_training(config))
+    images, validation = (part.to(device) for part in data.load_training(config))
+    batches = Batches(config, images)
+    del images
     run = Training(config, device)
     if folder is None:
         folder = checkpoint.new_run(config)
     if (folder / "last.pth").exists():
         run.load(checkpoint.load(folder / "last.pth"))
-    announce(config, device, len(train_images.labels), folder)
-    batches = Batches(config)
+    announce(config, device, len(batches.labels), folder)
     drawn = time.monotonic()
     while len(run.history) < config.epochs:
         try:
-            finish_epoch(run, train_images, validation, batches, stop, folder)
+            finish_epoch(run, batches, validation, stop, folder)
         except Stopped as stopped:
             raise Stopped(*stopped.args, folder) from None
         if time.monotonic() - drawn > 60:  # a picture costs half a second
@@ -190,13 +192,13 @@ def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = 
 
 
 def finish_epoch(
-    run: Training, train_images: data.Images, validation: data.Images, batches: Batches, stop: Callable, folder: Path
+    run: Training, batches: Batches, validation: data.Images, stop: Callable[[], int], folder: Path
 ) -> None:
     """Train and validate one epoch, print its lines and write its files."""
     config, epoch, start = run.config, len(run.history) + 1, time.perf_counter()
     print(f"Epoch {epoch}/{config.epochs}")
     rate = run.optimizer.param_groups[0]["lr"]
-    loss, accuracy = train_epoch(run, train_images, batches, stop)
+    loss, accuracy = train_epoch(run, batches, stop)
     seconds = time.perf_counter() - start
     print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
     row = dict.fromkeys(checkpoint.COLUMNS) | {
@@ -211,7 +213,7 @@ def finish_epoch(
         print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
         row |= {"validation_loss": scores.loss, "validation_accuracy": scores.top1}
         better = scores.top1 > max((old["validation_accuracy"] for old in run.history), default=-1.0)
-    row["images_per_second"] = len(train_images.labels) / seconds
+    row["images_per_second"] = len(batches.labels) / seconds
     row["seconds"] = time.perf_counter() - start
     run.scheduler.step()
     run.history.append(row)

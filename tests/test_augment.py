@@ -29,21 +29,19 @@ def test_normalise_against_its_formula(images: Tensor) -> None:
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("reflect", "mode"), [(False, "constant"), (True, "reflect")])
-def test_crop_against_numpy(images: Tensor, reflect: bool, mode: str) -> None:
-    result = augment.random_crop(images, 4, reflect, seeded())
-    rows, columns = torch.randint(9, (2, len(images)), generator=seeded()).tolist()
-    for image, cropped, row, column in zip(images.numpy(), result.numpy(), rows, columns, strict=True):
-        padded = np.pad(image, ((0, 0), (4, 4), (4, 4)), mode=mode)
-        assert np.array_equal(cropped, padded[:, row : row + 32, column : column + 32])
+def test_crop_and_flip_against_numpy(images: Tensor, reflect: bool, mode: str, flip: bool) -> None:
+    index, generator = torch.randperm(100, generator=seeded(1)), seeded()
+    result = augment.crop_and_flip(augment.pixel_table(images), index, 4, reflect, flip, seeded())
+    rows, columns = (torch.randint(-4, 5, (2, 100, 1), generator=generator) + 4).flatten(1).tolist()
+    mirrored = (torch.rand(100, generator=generator) < 0.5).tolist()
+    for place, cropped, row, column, mirror in zip(index, result.numpy(), rows, columns, mirrored, strict=True):
+        padded = np.pad(images[place].numpy(), ((0, 0), (4, 4), (4, 4)), mode=mode)
+        expected = padded[:, row : row + 32, column : column + 32]
+        assert np.array_equal(cropped, expected[:, :, ::-1] if flip and mirror else expected)
     assert len(set(rows)) == len(set(columns)) == 9, "all offsets occur"
-
-
-def test_flip_mirrors_about_half(images: Tensor) -> None:
-    result = augment.random_flip(images, seeded())
-    flipped = torch.tensor([not torch.equal(a, b) for a, b in zip(result, images, strict=True)])
-    assert torch.equal(result[flipped], images[flipped].flip(3))
-    assert 35 <= flipped.sum() <= 65
+    assert 35 <= sum(mirrored) <= 65
 
 
 def test_cutout_blanks_one_square(images: Tensor) -> None:
@@ -120,21 +118,23 @@ def test_trivial_augment_changes_its_share_per_sample(images: Tensor) -> None:
 
 
 def test_batches_follow_from_the_generator(images: Tensor) -> None:
-    batches, labels = augment.Batches(Config(trivial_augment=0.5, cutout=8)), torch.arange(100)
-    first, _ = batches(images, labels, seeded())
-    assert torch.equal(batches(images, labels, seeded())[0], first)
-    assert not torch.equal(batches(images, labels, seeded(1))[0], first)
-    plain, same = augment.Batches(Config(flip=False, crop_padding=0))(images, labels, seeded())
-    assert torch.equal(plain, augment.normalise(images))
-    assert torch.equal(same, labels)
+    train, index = data.Images(images, torch.arange(100)), torch.arange(99, -1, -1)
+    batches = augment.Batches(Config(trivial_augment=0.5, cutout=8), train)
+    first, _ = batches(index, seeded())
+    assert torch.equal(batches(index, seeded())[0], first)
+    assert not torch.equal(batches(index, seeded(1))[0], first)
+    plain, labels = augment.Batches(Config(flip=False, crop_padding=0), train)(index, seeded())
+    assert torch.equal(plain, augment.normalise(images[index]))
+    assert torch.equal(labels, index)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixing_gives_shares_of_two_labels(images: Tensor, kind: str) -> None:
     torch.manual_seed(0)
-    inputs, shares = augment.Batches(Config(**{kind: 1.0}))(images, torch.arange(100), seeded())
+    train, index = data.Images(images, torch.arange(100)), torch.arange(100)
+    inputs, shares = augment.Batches(Config(**{kind: 1.0}), train)(index, seeded())
     assert inputs.shape == images.shape
     assert torch.allclose(shares.sum(1), torch.ones(100))
     assert ((shares > 0).sum(1) == 2).all()
-    _, hard = augment.Batches(Config(**{kind: 1.0}, mix_share=0.0))(images, torch.arange(100), seeded())
-    assert torch.equal(hard, torch.arange(100))
+    _, hard = augment.Batches(Config(**{kind: 1.0}, mix_share=0.0), train)(index, seeded())
+    assert torch.equal(hard, index)

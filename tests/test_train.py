@@ -162,16 +162,15 @@ def explode(folder: Path, config: Config) -> None:
     """Go on with a run at another learning rate, as resuming would refuse to."""
     run = train.Training(config, torch.device("cpu"))
     run.history = checkpoint.load(folder / "last.pth")["history"]
-    parts = train.data.load_training(config)
+    images, validation = train.data.load_training(config)
     for _ in range(3):
-        train.finish_epoch(run, *parts, Batches(config), lambda: 0, folder)
+        train.finish_epoch(run, Batches(config, images), validation, lambda: 0, folder)
         run.history.pop()
 
 
 def test_a_step_reads_nothing_back(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU each of these would wait for the device."""
-    run, batches = train.Training(tiny, torch.device("cpu")), Batches(tiny)
-    images, labels = train.data.load_training(tiny)[0]
+    run, batches = train.Training(tiny, torch.device("cpu")), Batches(tiny, train.data.load_training(tiny)[0])
     counts = Counter()
     for name in ("item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"):
         original = getattr(Tensor, name)
@@ -182,8 +181,8 @@ def test_a_step_reads_nothing_back(tiny: Config, monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(Tensor, name, counted)
     sums = torch.zeros(2)
-    for index in torch.arange(384).split(128):
-        run.step(*batches(images[index], labels[index], torch.Generator().manual_seed(0)), sums)
+    for index in torch.arange(192).split(64):
+        run.step(*batches(index, torch.Generator().manual_seed(0)), sums)
     assert counts == {}
     assert sums.tolist()[0] > 0
     assert counts == {"tolist": 1}, "the counter counts"
@@ -193,15 +192,14 @@ def test_a_step_reads_nothing_back(tiny: Config, monkeypatch: pytest.MonkeyPatch
 def test_a_cuda_step_never_synchronises(tiny: Config) -> None:
     config = replace(tiny, device="cuda", **EVERYTHING)
     device = torch.device("cuda")
-    run, batches = train.Training(config, device), Batches(config)
-    images = train.data.load_training(config)[0].to(device)
+    run, batches = train.Training(config, device), Batches(config, train.data.load_training(config)[0].to(device))
     generator, sums = torch.Generator(device).manual_seed(0), torch.zeros(2, device=device)
-    parts = torch.arange(512, device=device).split(128)
-    run.step(*batches(images.images[parts[0]], images.labels[parts[0]], generator), sums)  # first use may set up
+    parts = torch.arange(256, device=device).split(64)
+    run.step(*batches(parts[0], generator), sums)  # first use may set up
     torch.cuda.set_sync_debug_mode("error")
     try:
         for index in parts[1:]:
-            run.step(*batches(images.images[index], images.labels[index], generator), sums)
+            run.step(*batches(index, generator), sums)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sums.isfinite().all()
