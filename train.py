@@ -11,6 +11,7 @@ ARGUMENTS = parse_command_line() if __name__ == "__main__" else None
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import copy
 import ctypes
 import math
 import signal
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import checkpoint
@@ -49,10 +49,7 @@ class Training:
         self.config, self.device = config, device
         self.network = MobileNetV3(config.dropout).to(device, memory_format=torch.channels_last)
         self.forward = torch.compile(self.network) if config.compile else self.network
-        self.average = None
-        if config.ema:
-            average = get_ema_multi_avg_fn(config.ema)
-            self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        self.average = Average(self.network, config.ema) if config.ema else None
         self.optimizer = make_optimizer(config, self.network)
         self.scheduler = make_scheduler(config, self.optimizer)
         self.autocast = {"device_type": device.type, "enabled": device.type == "cuda", "dtype": torch.bfloat16}
@@ -76,7 +73,7 @@ class Training:
 
     def graded(self) -> torch.nn.Module:
         """The network that is validated and saved, in eval mode: the averaged one where there is one."""
-        return (self.network if self.average is None else self.average.module).eval()
+        return (self.network if self.average is None else self.average.network).eval()
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor, sums: torch.Tensor) -> None:
         """One optimizer step; adds loss and hits of the batch to `sums` (2,) on the device, without reading them."""
@@ -88,9 +85,35 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
-            self.average.update_parameters(self.network)
+            self.average.update()
         hard = targets if targets.ndim == 1 else targets.argmax(1)
         sums += torch.stack([loss.detach() * len(hard), (logits.argmax(1) == hard).sum()])
+
+
+class Average:
+    """Exponential moving average of a network's weights and statistics (Tarvainen and Valpola, 2017).
+
+    The decay rises as (1 + t) / (10 + t) to its setting, so that the first random weights do not linger. torch's
+    AveragedModel would wait for the device at each update.
+    """
+
+    def __init__(self, network: torch.nn.Module, decay: float) -> None:
+        self.network, self.decay, self.updates = copy.deepcopy(network), decay, 0
+        pairs = zip(self.network.state_dict().values(), network.state_dict().values(), strict=True)
+        self.averaged, self.current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+
+    def update(self) -> None:
+        """Take in the network's present weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"network": self.network.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.updates = state["updates"]
 
 
 def make_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Optimizer:

@@ -86,6 +86,20 @@ def test_no_decay_on_norms_and_biases_where_set() -> None:
         assert plain["weight_decay"] == (1e-4 if decay_norms else 0)
 
 
+def test_average_follows_its_formula() -> None:
+    network = train.MobileNetV3()
+    average, expected = train.Average(network, 0.3), network.classifier.bias.detach().clone()
+    for t in range(6):
+        with torch.no_grad():
+            network.classifier.bias.normal_()
+            network.stem[1].running_var.uniform_()
+        average.update()
+        decay = min(0.3, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * network.classifier.bias.detach()
+    assert torch.allclose(average.network.classifier.bias, expected)
+    assert not torch.equal(average.network.stem[1].running_var, network.stem[1].running_var)
+
+
 def test_a_run_prints_and_writes_what_it_should(tiny: Config, capsys: pytest.CaptureFixture) -> None:
     folder = train.train(replace(tiny, epochs=3, lr=3e-3))
     lines = capsys.readouterr().out.splitlines()
