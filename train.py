@@ -12,7 +12,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import copy
-import ctypes
 import math
 import signal
 import sys
@@ -29,7 +28,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 from augment import Batches
-from evaluate import evaluate, publish, report
+from evaluate import evaluate, keep_freed_memory, publish, report
 from model import MobileNetV3
 
 
@@ -279,14 +278,6 @@ def announce(config: Config, device: torch.device, images: int, folder: Path) ->
     else:
         print(f"On {torch.cuda.get_device_name(device)}")
     print(f"Run folder: {folder}", flush=True)
-
-
-def keep_freed_memory() -> None:
-    """Stop glibc from giving freed memory back at every step: its page faults cost a CPU step a quarter."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20), (-8, 1)):
-            mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
 
 
 def main(arguments: argparse.Namespace) -> int:

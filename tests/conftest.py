@@ -20,6 +20,11 @@ TINY = Config(
 )
 
 
+def pytest_configure() -> None:
+    """As the programs do."""
+    evaluate.keep_freed_memory()
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Settings of a short synthetic run that leaves nothing outside of tmp_path."""

@@ -10,6 +10,7 @@ import torch
 from conftest import grade_without_data
 from torch import nn
 
+import augment
 import checkpoint
 import data
 import evaluate
@@ -49,6 +50,17 @@ def test_scores_do_not_depend_on_the_batch_and_change_nothing(network: nn.Module
     scores = [evaluate.evaluate(network, images, batch) for batch in (7, 100, 300)]
     assert all(score == pytest.approx(scores[0], abs=1e-4) for score in scores)
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_folded_network_gives_the_same_predictions(network: nn.Module) -> None:
+    images = augment.normalise(data.synthetic(3, seed=0)[0])
+    folded = evaluate.folded(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    with torch.inference_mode():
+        plain, fast = network(images), folded(images)
+    assert torch.allclose(plain, fast, atol=1e-4)
+    top = plain.topk(2).values
+    assert ((plain.argmax(1) == fast.argmax(1)) | (top[:, 0] - top[:, 1] < 2e-4)).all()
 
 
 def test_scores_against_a_loop() -> None:
