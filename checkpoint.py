@@ -9,6 +9,7 @@ import pickle
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -92,18 +93,51 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write` fill a temporary file, sync it to the disk and give it its name: never a half-written file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    """Let `write` fill a temporary file, sync it to the disk and give it its name: never a half-written file.
+
+    Raises CheckpointError where the disk is full, the folder read-only or gone; the file before stays as it was.
+    """
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):  # torch.save's writer turns a full disk into a RuntimeError
+            raise
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path} cannot be written: {reason}. Stopped; the files before it are whole. Make room or mend the "
+            "folder, then run again (a training run with --resume)"
+        ) from error
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a folder for this process alone; raises CheckpointError where another one holds it, or waits for it.
+
+    The system gives the lock back when the process ends, however it ends. Where there is no flock (Windows), nothing
+    is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    except BlockingIOError:
+        raise CheckpointError(f"{folder} is in use by another process: wait for it, or stop it first") from None
+    finally:
+        os.close(handle)
 
 
 def new_run(config: Config) -> Path:

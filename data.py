@@ -1,8 +1,6 @@
 """CIFAR-100 (Krizhevsky, 2009) and a synthetic stand-in: loading, checking, splitting."""
 
 import hashlib
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import checkpoint
 from config import Config
 
 CLASSES = 100
@@ -115,17 +114,17 @@ def build(path: Path) -> None:
     arrays = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for source in ("train", "test"):
-            official = CIFAR100(folder, train=source == "train", download=True)
-            labels = np.asarray(official.targets, dtype=np.uint8)
-            order = np.argsort(labels, kind="stable")
-            arrays[f"{source}_images"] = np.ascontiguousarray(official.data[order])
-            arrays[f"{source}_labels"] = labels[order]
-        check(arrays)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-            np.savez(file, **arrays)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        with checkpoint.locked(folder, wait=True):
+            if path.exists():  # built by another process meanwhile
+                return
+            for source in ("train", "test"):
+                official = CIFAR100(folder, train=source == "train", download=True)
+                labels = np.asarray(official.targets, dtype=np.uint8)
+                order = np.argsort(labels, kind="stable")
+                arrays[f"{source}_images"] = np.ascontiguousarray(official.data[order])
+                arrays[f"{source}_labels"] = labels[order]
+            check(arrays)
+            checkpoint.write_whole(path, lambda file: np.savez(file, **arrays))
     except (OSError, RuntimeError, ValueError) as error:  # URLError and HTTPError are OSErrors
         raise DataError(
             f"CIFAR-100 is not in {path} and torchvision could not get it from {CIFAR100.url} "

@@ -194,22 +194,24 @@ def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = 
     batches = Batches(config, images)
     del images
     run = Training(config, device)
-    if folder is None:
-        folder = checkpoint.new_run(config)
-    if (folder / "last.pth").exists():
-        run.load(checkpoint.load(folder / "last.pth"))
-    announce(config, device, len(batches.labels), folder)
-    drawn = time.monotonic()
-    while len(run.history) < config.epochs:
-        try:
-            finish_epoch(run, batches, validation, stop, folder)
-        except Stopped as stopped:
-            raise Stopped(*stopped.args, folder) from None
-        if time.monotonic() - drawn > 60:  # a picture costs half a second
-            draw_curves(run, folder)
-            drawn = time.monotonic()
-    checkpoint.write_log(folder, run.history)
-    draw_curves(run, folder)
+    folder = checkpoint.new_run(config) if folder is None else folder
+    with checkpoint.locked(folder):
+        for left in folder.glob(".*.part"):  # of a killed process
+            left.unlink()
+        if (folder / "last.pth").exists():
+            run.load(checkpoint.load(folder / "last.pth"))
+        announce(config, device, len(batches.labels), folder)
+        drawn = time.monotonic()
+        while len(run.history) < config.epochs:
+            try:
+                finish_epoch(run, batches, validation, stop, folder)
+            except Stopped as stopped:
+                raise Stopped(*stopped.args, folder) from None
+            if time.monotonic() - drawn > 60:  # a picture costs half a second
+                draw_curves(run, folder)
+                drawn = time.monotonic()
+        checkpoint.write_log(folder, run.history)
+        draw_curves(run, folder)
     return folder
 
 
@@ -298,7 +300,7 @@ def main(arguments: argparse.Namespace) -> int:
         number, folder = stopped.args
         print(f"\nStopped in the middle of an epoch. Go on with: python train.py --resume {folder}")
         return 128 + number
-    except (checkpoint.CheckpointError, data.DataError, Diverged) as error:
+    except (checkpoint.CheckpointError, data.DataError, Diverged, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
     print(f"Best epoch {best['epoch']}; log, curves and checkpoints are in {folder}")

@@ -5,10 +5,12 @@ import pickle
 import shutil
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soak
 import torch
 from torchvision.datasets import CIFAR100
 
@@ -19,18 +21,11 @@ Arrays = dict[str, np.ndarray]
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Arrays:
-    """A stand-in for the official arrays with 3 and 2 images a class, whose digests the program takes for official."""
-    arrays = {}
-    for source, per_class in (("train", 3), ("test", 2)):
-        images, labels = data.synthetic(per_class, seed=1)
-        arrays[f"{source}_images"] = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
-        arrays[f"{source}_labels"] = labels.numpy().astype(np.uint8)
-        digest = hashlib.sha256(arrays[f"{source}_images"].tobytes()).hexdigest()
-        monkeypatch.setitem(data.SHA256, f"{source}_images", digest)
-        for part in ("images", "labels"):
-            monkeypatch.setitem(data.SHAPES, f"{source}_{part}", arrays[f"{source}_{part}"].shape)
-    return arrays
+def small() -> Iterator[Arrays]:
+    """A stand-in for the official arrays, whose digests the program takes for the official ones."""
+    arrays = soak.small_set()
+    with soak.taken_for_official(arrays):
+        yield arrays
 
 
 def write_official(folder: Path, arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -1,6 +1,5 @@
 """Training: schedule, loop, files, stopping, resuming and refusing."""
 
-import csv
 import json
 import re
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from soak import rows
 from torch import Tensor
 
 import checkpoint
@@ -26,14 +26,6 @@ EVERYTHING = {  # the parts of a recipe that hold a state or draw random numbers
     "label_smoothing": 0.1, "dropout": 0.1, "trivial_augment": 0.5, "cutout": 8, "mixup": 0.2, "cutmix": 1.0,
     "mix_share": 0.5,
 }  # fmt: skip
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    """log.csv without its timing columns."""
-    with (folder / "log.csv").open() as file:
-        return [
-            {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(file)
-        ]
 
 
 def state(folder: Path) -> list[tuple[str, object]]:

@@ -1,0 +1,108 @@
+"""What a run of hours must survive: kills, damage, a full disk, two processes at once."""
+
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import soak
+
+import checkpoint
+import data
+import train
+from config import Config
+
+
+def test_killed_runs_resume_identically() -> None:
+    """Five random moments; `python -m tests.soak --kills 50` does more."""
+    assert soak.kill(5, seed=0) == (5, 5)
+
+
+def test_damaged_files_are_never_used() -> None:
+    """Ten of each kind; `python -m tests.soak --damage 200` does more."""
+    refused, harmless, accepted = soak.damage(10, seed=0)
+    assert accepted == 0
+    assert refused + harmless == 100
+    assert refused >= 80
+
+
+@pytest.mark.parametrize("name", ["last.pth", "log.csv"])
+def test_a_full_disk_stops_training_and_leaves_the_last_epoch(tiny: Config, monkeypatch, name: str) -> None:
+    folder = train.train(replace(tiny, epochs=1))
+    good = (folder / "last.pth").read_bytes()
+    write = checkpoint.write_whole
+
+    def full(path: Path, fill) -> None:
+        def no_space(file) -> None:
+            raise OSError(28, "No space left on device")
+
+        write(path, no_space if path.name == name else fill)
+
+    monkeypatch.setattr(checkpoint, "write_whole", full)
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} cannot be written: No space left on device. Stopped"):
+        train.train(replace(tiny, epochs=2), folder)
+    assert checkpoint.load(folder / "last.pth")["epoch"] == (1 if name == "last.pth" else 2)
+    assert (folder / "last.pth").read_bytes() == good or name == "log.csv"
+    assert not list(folder.glob(".*.part"))
+
+
+def test_a_vanished_run_folder_stops_training_with_one_line(tiny: Config, monkeypatch) -> None:
+    evaluate = train.evaluate
+
+    def vanish(*arguments: object) -> object:
+        for folder in Path(tiny.runs_dir).iterdir():
+            folder.rename(folder.with_name("elsewhere"))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", vanish)
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be written: No such file or directory"):
+        train.train(tiny)
+
+
+def test_the_program_ends_with_one_line_where_it_cannot_write(tmp_path: Path) -> None:
+    """A file where the run folder's parent should be."""
+    (tmp_path / "runs").write_text("")
+    command = [sys.executable, "train.py", "--dataset", "synthetic", "--images_per_class", "2", "--device", "cpu"]
+    command += ["--validation_per_class", "1", "--threads", "1", "--runs_dir", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert str(tmp_path / "runs") in line
+
+
+def test_a_run_folder_has_one_process(tiny: Config) -> None:
+    folder = checkpoint.new_run(tiny)
+    with checkpoint.locked(folder), pytest.raises(checkpoint.CheckpointError, match="in use by another process"):
+        train.train(tiny, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
+    with checkpoint.locked(folder):
+        pass  # free again
+
+
+def test_a_second_builder_waits_and_uses_what_the_first_built(tmp_path: Path) -> None:
+    """The first holds the folder and puts the finished file there; the second then has nothing to do."""
+    path, done = tmp_path / "cifar100.npz", threading.Event()
+    second = threading.Thread(target=lambda: (data.build(path), done.set()))
+    with checkpoint.locked(tmp_path):
+        second.start()
+        assert not done.wait(1.0)
+        path.write_bytes(b"built by the first")
+    second.join(10)
+    assert done.is_set()
+    assert path.read_bytes() == b"built by the first"
+
+
+def test_a_read_only_folder_stops_training_with_one_line(tiny: Config, monkeypatch) -> None:
+    """As a user other than root meets it: root writes to read-only folders."""
+
+    def refuse(**where: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    folder = checkpoint.new_run(tiny)
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    with pytest.raises(checkpoint.CheckpointError, match=r"best.pth cannot be written: Permission denied"):
+        train.train(tiny, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
