@@ -1,12 +1,12 @@
 """Grade a checkpoint: operations, size, and accuracy on the official test set."""
 
-import argparse
 import copy
 import ctypes
 import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import checkpoint
 import data
 from augment import normalise
-from config import Config
+from config import Config, OneLineParser
 from model import MobileNetV3
 
 BATCH = 100  # images a forward pass; the figures do not depend on it
+
+
+class DeviceError(Exception):
+    """The device asked for is not there."""
 
 
 class Scores(NamedTuple):
@@ -83,14 +87,25 @@ def default_checkpoint() -> Path:
     return checkpoint.BEST if checkpoint.BEST.exists() else checkpoint.PUBLISHED
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is any, else the CPU. Raises DeviceError."""
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"{name} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Try --device cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def grade(path: Path, device: str = "auto", data_dir: str = "data", batch: int = BATCH) -> dict[str, Any]:
-    """Operations, size and test scores of a checkpoint, with what it is; raises CheckpointError, DataError."""
+    """Operations, size and test scores of a checkpoint, with what it is.
+
+    Raises CheckpointError, DataError, DeviceError.
+    """
+    config = Config(device=device, data_dir=data_dir)
+    where = choose_device(config.device)
     content = checkpoint.load(path)
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     network = load_network(content, path).to(where, memory_format=torch.channels_last)
     operations, size = measure(network)
     dataset = content["config"]["dataset"]
-    test = data.load_test(Config(dataset=dataset, data_dir=data_dir)).to(where)
+    test = data.load_test(replace(config, dataset=dataset)).to(where)
     start = time.perf_counter()
     scores = evaluate(network, test, batch)
     return {
@@ -148,18 +163,20 @@ def keep_freed_memory() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
+    parser = OneLineParser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--data_dir", default="data", help="folder of the data set")
     parser.add_argument("--batch_size", type=int, default=BATCH, help="images a forward pass [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     arguments = parser.parse_args(argv)
+    if arguments.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1, not {arguments.batch_size}")
     keep_freed_memory()
     try:
         path = arguments.checkpoint or default_checkpoint()
         result = grade(path, arguments.device, arguments.data_dir, arguments.batch_size)
-    except (checkpoint.CheckpointError, data.DataError) as error:
+    except (checkpoint.CheckpointError, data.DataError, DeviceError, ValueError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result) if arguments.json else report(result))

@@ -1,7 +1,9 @@
 """A cut MobileNetV3-Large (Howard et al., "Searching for MobileNetV3", 2019) for 32x32 images and 100 classes."""
 
-from typing import NamedTuple
+import copy
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -92,3 +94,29 @@ class MobileNetV3(nn.Module):
 def dropout_layers(probability: float) -> list[nn.Module]:
     """No module at all at 0, so that the graded network does not depend on the setting."""
     return [nn.Dropout(probability)] if probability > 0 else []
+
+
+class Average:
+    """Exponential moving average of a network's weights and statistics (Tarvainen and Valpola, 2017).
+
+    The decay rises as (1 + t) / (10 + t) to its setting, so that the first random weights do not linger. torch's
+    AveragedModel would wait for the device at each update.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network, self.decay, self.updates = copy.deepcopy(network), decay, 0
+        pairs = zip(self.network.state_dict().values(), network.state_dict().values(), strict=True)
+        self.averaged, self.current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+
+    def update(self) -> None:
+        """Take in the network's present weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"network": self.network.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.updates = state["updates"]

@@ -2,7 +2,7 @@
 
 import os
 
-from config import Config, changes, parse_command_line
+from config import Config, changes, describe_sets, parse_command_line
 
 # Parsed before the imports below, which take seconds: -h and a mistyped flag answer at once.
 ARGUMENTS = parse_command_line() if __name__ == "__main__" else None
@@ -11,12 +11,13 @@ ARGUMENTS = parse_command_line() if __name__ == "__main__" else None
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
-import copy
 import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 from augment import Batches
-from evaluate import evaluate, keep_freed_memory, publish, report
-from model import MobileNetV3
+from evaluate import DeviceError, choose_device, evaluate, keep_freed_memory, publish, report
+from model import Average, MobileNetV3
 
 
 class Stopped(Exception):
@@ -89,32 +90,6 @@ class Training:
         sums += torch.stack([loss.detach() * len(hard), (logits.argmax(1) == hard).sum()])
 
 
-class Average:
-    """Exponential moving average of a network's weights and statistics (Tarvainen and Valpola, 2017).
-
-    The decay rises as (1 + t) / (10 + t) to its setting, so that the first random weights do not linger. torch's
-    AveragedModel would wait for the device at each update.
-    """
-
-    def __init__(self, network: torch.nn.Module, decay: float) -> None:
-        self.network, self.decay, self.updates = copy.deepcopy(network), decay, 0
-        pairs = zip(self.network.state_dict().values(), network.state_dict().values(), strict=True)
-        self.averaged, self.current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-
-    def update(self) -> None:
-        """Take in the network's present weights."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
-        self.updates += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"network": self.network.state_dict(), "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
-        self.updates = state["updates"]
-
-
 def make_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Optimizer:
     """torch's AdamW or SGD; norms' and biases' parameters are a group of their own."""
     parameters = list(network.parameters())
@@ -135,10 +110,10 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer) -> lr_sched
     else:
         step = config.lr_step or max(1, round(config.epochs * 38 / 130))
         decay = lr_scheduler.StepLR(optimizer, step, config.lr_gamma)
-    if not config.warmup_epochs:
+    epochs = min(config.warmup_epochs, config.epochs // 4)
+    if not epochs:
         return decay
-    start = 1 / (config.warmup_epochs + 1)
-    warmup = lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=config.warmup_epochs)
+    warmup = lr_scheduler.LinearLR(optimizer, start_factor=1 / (epochs + 1), total_iters=epochs)
     return lr_scheduler.ChainedScheduler([warmup, decay])
 
 
@@ -187,9 +162,13 @@ def check_finite(run: Training, loss: float) -> None:
 def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = lambda: 0) -> Path:
     """Train, or go on with the run in `folder`; the run's folder. `stop` is asked once a step for a signal's number.
 
-    Raises DataError, CheckpointError, Diverged, Stopped.
+    Raises DataError, CheckpointError, DeviceError, Diverged, Stopped.
     """
-    device = choose_device(config)
+    device = choose_device(config.device)
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic matrix products need
+        torch.use_deterministic_algorithms(True)
     images, validation = (part.to(device) for part in data.load_training(config))
     batches = Batches(config, images)
     del images
@@ -225,20 +204,15 @@ def finish_epoch(
     loss, accuracy = train_epoch(run, batches, stop)
     seconds = time.perf_counter() - start
     print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
-    row = dict.fromkeys(checkpoint.COLUMNS) | {
-        "epoch": epoch,
-        "lr": rate,
-        "train_loss": loss,
-        "train_accuracy": accuracy,
-    }
+    row = dict.fromkeys(checkpoint.COLUMNS)
+    row.update(epoch=epoch, lr=rate, train_loss=loss, train_accuracy=accuracy)
     better = epoch == config.epochs
     if config.validation_per_class:
         scores = evaluate(run.graded(), validation)
         print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
-        row |= {"validation_loss": scores.loss, "validation_accuracy": scores.top1}
+        row.update(validation_loss=scores.loss, validation_accuracy=scores.top1)
         better = scores.top1 > max((old["validation_accuracy"] for old in run.history), default=-1.0)
-    row["images_per_second"] = len(batches.labels) / seconds
-    row["seconds"] = time.perf_counter() - start
+    row.update(images_per_second=len(batches.labels) / seconds, seconds=time.perf_counter() - start)
     run.scheduler.step()
     run.history.append(row)
     state = {name: part.state_dict() for name, part in run.parts().items()}
@@ -251,20 +225,9 @@ def finish_epoch(
 
 def draw_curves(run: Training, folder: Path) -> None:
     """curves.png; matplotlib is imported here only, its import takes a second."""
-    from tools.curves import draw
+    from tools.curves import draw, title
 
-    draw(run.history, f"{run.config.experiment} on {run.config.dataset}, {folder.name}", folder / "curves.png")
-
-
-def choose_device(config: Config) -> torch.device:
-    """The configured device; sets threads and determinism for the process."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    draw({folder.name: run.history}, title(asdict(run.config), run.history), folder / "curves.png")
 
 
 def announce(config: Config, device: torch.device, images: int, folder: Path) -> None:
@@ -282,29 +245,56 @@ def announce(config: Config, device: torch.device, images: int, folder: Path) ->
     print(f"Run folder: {folder}", flush=True)
 
 
+def train_seeds(config: Config, count: int, stop: Callable[[], int]) -> None:
+    """Train with `count` seeds, one after another; print the mean and standard deviation of their best epochs."""
+    best = []
+    for seed in range(config.seed, config.seed + count):
+        folder = train(replace(config, seed=seed), stop=stop)
+        best.append(summarise(folder)["metrics"]["validation_accuracy"])
+    mean, deviation = statistics.mean(best), statistics.stdev(best)
+    print(f"Best validation accuracy of {count} seeds: {mean:.2f} % ± {deviation:.2f} (standard deviation)")
+
+
+def summarise(folder: Path) -> dict[str, Any]:
+    """Print what a finished run gave and what to type next; its best checkpoint."""
+    best = checkpoint.load(folder / "best.pth")
+    accuracy = best["metrics"]["validation_accuracy"]
+    validated = "the last, without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
+    print(f"Best epoch: {best['epoch']} of {best['config']['epochs']} ({validated})")
+    print(f"Log, curves and checkpoints: {folder}")
+    print(f"Grade it: python evaluate.py --checkpoint {folder / 'best.pth'}", flush=True)
+    return best
+
+
 def main(arguments: argparse.Namespace) -> int:
-    """The program: train, resume or publish; the exit code."""
+    """The program: train, resume, publish or list; the exit code."""
     keep_freed_memory()
     received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
+
+    def stop() -> int:
+        return received[0] if received else 0
+
     try:
-        if arguments.publish:
+        if arguments.list:
+            print(describe_sets(checkpoint.load(checkpoint.PUBLISHED)))
+        elif arguments.publish:
             print(report(publish(Path(arguments.publish))))
-            return 0
-        folder = Path(arguments.resume) if arguments.resume else None
-        config = arguments.config if folder is None else checkpoint.run_config(folder, arguments.given)
-        folder = train(config, folder, lambda: received[0] if received else 0)
-        best = checkpoint.load(folder / "best.pth")
+        elif arguments.resume:
+            folder = Path(arguments.resume)
+            summarise(train(checkpoint.run_config(folder, arguments.given), folder, stop))
+        elif arguments.seeds > 1:
+            train_seeds(arguments.config, arguments.seeds, stop)
+        else:
+            summarise(train(arguments.config, stop=stop))
     except Stopped as stopped:
         number, folder = stopped.args
         print(f"\nStopped in the middle of an epoch. Go on with: python train.py --resume {folder}")
         return 128 + number
-    except (checkpoint.CheckpointError, data.DataError, Diverged, OSError) as error:
+    except (checkpoint.CheckpointError, data.DataError, DeviceError, Diverged, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
-    print(f"Best epoch {best['epoch']}; log, curves and checkpoints are in {folder}")
-    print(f"Grade it with: python evaluate.py --checkpoint {folder / 'best.pth'}")
     return 0
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from config import EXPERIMENTS, Config, changes, parse_command_line
+from config import EXPERIMENTS, Config, changes, describe_sets, parse_command_line
 
 RECIPE = {f.name for f in fields(Config) if not f.metadata.get("run")}
 WRONG = {
@@ -36,7 +36,6 @@ def test_every_field_refuses_wrong_types_and_values(name: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"epochs": 5, "warmup_epochs": 5},
         {"images_per_class": 20, "validation_per_class": 20},
         {"schedule": "cosine", "lr_step": 3},
     ],
@@ -87,7 +86,9 @@ def test_flags_override_a_named_set() -> None:
         ["--lr", "nan"],
         ["--experiment", "result7"],
         ["--device", "tpu"],
-        ["--warmup_epochs", "4", "--epochs", "4"],
+        ["--schedule", "cosine", "--lr_step", "4"],
+        ["--seeds", "2", "--validation_per_class", "0"],
+        ["--resume", "runs/x", "--seeds", "2"],
         ["--publish", "runs/x", "--epochs", "3"],
     ],
 )
@@ -96,6 +97,16 @@ def test_a_wrong_command_line_is_one_line_and_code_2(flags: list[str], capsys: p
         parse_command_line(flags)
     assert caught.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_sets_are_described_with_their_figures() -> None:
+    shipped = {"config": {"experiment": "result6"}, "test": {"accuracy": 12.345}}
+    lines = describe_sets(shipped).splitlines()
+    (place,) = (i for i, line in enumerate(lines) if line.startswith("result6: "))
+    assert "lr=0.01" in lines[place]
+    assert "86.95 %" in lines[place + 1]
+    assert lines[place + 2].endswith("12.35 %") or lines[place + 2].endswith("12.34 %")
+    assert sum("measured" in line for line in lines) == 1
 
 
 def test_help_names_every_setting_and_does_not_import_torch() -> None:
