@@ -48,7 +48,7 @@ class Training:
         torch.manual_seed(config.seed)
         self.config, self.device = config, device
         self.network = MobileNetV3(config.dropout).to(device, memory_format=torch.channels_last)
-        self.forward = torch.compile(self.network) if config.compile else self.network
+        self.forward = compiled(self.network, device) if config.compile else self.network
         self.average = Average(self.network, config.ema) if config.ema else None
         self.optimizer = make_optimizer(config, self.network)
         self.scheduler = make_scheduler(config, self.optimizer)
@@ -88,6 +88,12 @@ class Training:
             self.average.update()
         hard = targets if targets.ndim == 1 else targets.argmax(1)
         sums += torch.stack([loss.detach() * len(hard), (logits.argmax(1) == hard).sum()])
+
+
+def compiled(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The network under torch.compile, on a GPU with CUDA graphs; what cannot be compiled runs as it is."""
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
 
 
 def make_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Optimizer:

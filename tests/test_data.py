@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soak
 import torch
 from torchvision.datasets import CIFAR100
 
 import data
+import soak
 from config import Config
 
 Arrays = dict[str, np.ndarray]

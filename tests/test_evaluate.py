@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import grade_without_data
 from torch import nn
 
 import augment
 import checkpoint
 import data
 import evaluate
+from conftest import grade_without_data
 
 
 def test_grade(request: pytest.FixtureRequest, summary: list[str]) -> None:

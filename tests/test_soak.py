@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import soak
 
 import checkpoint
 import data
+import soak
 import train
 from config import Config
 

@@ -1,7 +1,9 @@
 """Training: schedule, loop, files, stopping, resuming and refusing."""
 
+import copy
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from soak import rows
 from torch import Tensor
 
 import checkpoint
 import train
 from augment import Batches
 from config import EXPERIMENTS, Config
+from model import ROWS, InvertedResidual
+from soak import rows
 
 EVERYTHING = {  # the parts of a recipe that hold a state or draw random numbers
     "schedule": "cosine", "warmup_epochs": 1, "lr": 3e-3, "weight_decay": 0.05, "decay_norms": False, "ema": 0.9,
@@ -147,6 +150,22 @@ def test_autocast_trains_to_nearly_the_same_loss(tiny: Config) -> None:
         assert all(p.dtype == torch.float32 for p in run.network.parameters())
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_and_eager_agree() -> None:
+    """Output and gradients of a block with squeeze-and-excitation; the whole network takes a minute to compile."""
+    torch.manual_seed(0)
+    block, x = InvertedResidual(ROWS[4]), torch.randn(16, 40, 8, 8)
+    results = []
+    for forward in (copy.deepcopy(block), train.compiled(block, torch.device("cpu"))):
+        y = forward(x)
+        y.square().mean().backward()
+        network = getattr(forward, "_orig_mod", forward)
+        results.append([y.detach(), *(p.grad for p in network.parameters()), *network.buffers()])
+    assert "_orig_mod" in dir(forward)
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.allclose(eager, compiled, atol=1e-3)
 
 
 def test_without_validation_the_last_epoch_is_saved(tiny: Config, capsys: pytest.CaptureFixture) -> None:
