@@ -1,0 +1,50 @@
+"""Guards against becoming slow: ratios to what a user would otherwise run, never seconds."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import transforms as T
+
+import augment
+import data
+import evaluate
+from config import Config
+
+
+def fastest(action: Callable[[], object], times: int = 5) -> float:
+    """Seconds of the fastest of some runs: the one that other processes disturbed least."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def test_a_batch_is_made_much_faster_than_from_pictures() -> None:
+    """23 times a loader's speed on two cores in docs/benchmark.json; here against one process of it."""
+    images = data.Images(*data.synthetic(2, seed=0))
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.images[:128]]
+    steps = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(data.MEAN, data.STD)]
+    transform, batches = T.Compose(steps), augment.Batches(Config(), images)
+    index, generator = torch.arange(128), torch.Generator().manual_seed(0)
+    batches(index, generator)
+    plain = fastest(lambda: torch.stack([transform(picture) for picture in pictures]))
+    assert plain > 5 * fastest(lambda: batches(index, generator), times=20)
+
+
+def test_grading_in_batches_is_much_faster_than_one_at_a_time(network: nn.Module) -> None:
+    """12 times in docs/benchmark.json."""
+    images = data.Images(*data.synthetic(2, seed=0))
+    fast = network.to(memory_format=torch.channels_last)
+    evaluate.evaluate(fast, images)
+
+    def one_at_a_time() -> None:
+        with torch.no_grad():
+            for i in range(40):
+                network(augment.normalise(images.images[i : i + 1])).argmax().item()
+
+    assert fastest(one_at_a_time) * len(images.labels) / 40 > 3 * fastest(lambda: evaluate.evaluate(fast, images))
