@@ -168,6 +168,18 @@ def run_config(folder: Path, given: dict[str, Any]) -> Config:
     return config
 
 
+def summary(folder: Path) -> str:
+    """What a finished run gave, where it is, and what to type next."""
+    best = load(folder / "best.pth")
+    accuracy = best["metrics"]["validation_accuracy"]
+    validated = "the last, without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
+    return (
+        f"Best epoch: {best['epoch']} of {best['config']['epochs']} ({validated})\n"
+        f"Log, curves and checkpoints: {folder}\n"
+        f"Grade it: python evaluate.py --checkpoint {folder / 'best.pth'}"
+    )
+
+
 def save_epoch(
     folder: Path, config: Config, history: list[dict[str, Any]], state: dict[str, Any], best: dict[str, Any] | None
 ) -> None:

@@ -8,16 +8,22 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn
 
 
-def setting(default: Any, text: str, low: float = -math.inf, high: float = math.inf, *, choices: tuple = ()) -> Any:
-    """A dataclass field of the recipe with its default, unit and meaning, and the values it allows."""
-    return field(default=default, metadata={"text": text, "low": low, "high": high, "choices": choices})
+def setting(
+    default: Any,
+    text: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    choices: tuple = (),
+    pattern: str = "",
+    run: bool = False,
+) -> Any:
+    """A dataclass field with its default, its unit and meaning, and the values it allows.
 
-
-def run_setting(default: Any, text: str, *limits: float, pattern: str = "", choices: tuple = ()) -> Any:
-    """A field that says where and how a run goes and is no part of the recipe, so that no named set fixes it."""
-    low, high = limits or (-math.inf, math.inf)
-    metadata = {"text": text, "low": low, "high": high, "choices": choices, "pattern": pattern, "run": True}
-    return field(default=default, metadata=metadata)
+    One marked `run` says where and how a run goes: it is no part of the recipe, and no named set fixes it.
+    """
+    limits = {"low": low, "high": high, "choices": choices, "pattern": pattern}
+    return field(default=default, metadata={"text": text, "run": run, **limits})
 
 
 @dataclass(frozen=True)
@@ -49,16 +55,18 @@ class Config:
     mix_share: float = setting(1.0, "share of the batches that mixup or CutMix changes", 0, 1)
     validation_per_class: int = setting(50, "training images a class kept for validation; 0: train on all", 0, 499)
 
-    experiment: str = run_setting("default", "name of the set that the run started from", pattern=r"[\w-]{1,40}")
-    dataset: str = run_setting("cifar100", "cifar100, or synthetic (no download)", choices=("cifar100", "synthetic"))
-    images_per_class: int = run_setting(0, "use only so many training images a class; 0: all", 0, 500)
-    seed: int = run_setting(0, "of weights, order and augmentation", 0, 1_000_000)
-    device: str = run_setting("auto", "auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda(:\d{1,2})?")
-    threads: int = run_setting(0, "CPU threads; 0: one a core", 0, 1_024)
-    compile: bool = run_setting(False, "torch.compile the network; needs a C++ compiler, or Triton on a GPU")
-    deterministic: bool = run_setting(False, "ask torch for deterministic CUDA kernels (slower)")
-    data_dir: str = run_setting("data", "folder of the data set")
-    runs_dir: str = run_setting("runs", "folder in which a run makes its own")
+    experiment: str = setting("default", "name of the set that the run started from", pattern=r"[\w-]{1,40}", run=True)
+    dataset: str = setting(
+        "cifar100", "cifar100, or synthetic (no download)", choices=("cifar100", "synthetic"), run=True
+    )
+    images_per_class: int = setting(0, "use only so many training images a class; 0: all", 0, 500, run=True)
+    seed: int = setting(0, "of weights, order and augmentation", 0, 1_000_000, run=True)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda(:\d{1,2})?", run=True)
+    threads: int = setting(0, "CPU threads; 0: one a core", 0, 1_024, run=True)
+    compile: bool = setting(False, "torch.compile the network; needs a C++ compiler, or Triton on a GPU", run=True)
+    deterministic: bool = setting(False, "ask torch for deterministic CUDA kernels (slower)", run=True)
+    data_dir: str = setting("data", "folder of the data set", run=True)
+    runs_dir: str = setting("runs", "folder in which a run makes its own", run=True)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -82,7 +90,7 @@ def check_value(f: Field, value: Any) -> None:
         raise ValueError(f"{f.name} must be between {limits['low']:g} and {limits['high']:g}, not {value}")
     if limits["choices"] and value not in limits["choices"]:
         raise ValueError(f"{f.name} must be one of {', '.join(limits['choices'])}, not {value!r}")
-    if limits.get("pattern") and not re.fullmatch(limits["pattern"], value):
+    if limits["pattern"] and not re.fullmatch(limits["pattern"], value):
         raise ValueError(f"{f.name} {value!r} does not match: {limits['text']}")
     if f.type is str and not value:
         raise ValueError(f"{f.name} must not be empty")

@@ -6,8 +6,8 @@ from config import Config, changes, describe_sets, parse_command_line
 
 # Parsed before the imports below, which take seconds: -h and a mistyped flag answer at once.
 ARGUMENTS = parse_command_line() if __name__ == "__main__" else None
-# Read when torch is imported. OpenMP's threads else spin so long that, on cores shared with one other busy process, a
-# step takes 5 s instead of 0.4 s; on idle cores nothing changes.
+# Read when torch is imported. OpenMP's threads else spin so long that a step takes seconds on cores shared with one
+# other busy process; on idle cores the difference is within the noise.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -98,10 +98,10 @@ def compiled(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 def make_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Optimizer:
     """torch's AdamW or SGD; norms' and biases' parameters are a group of their own."""
-    parameters = list(network.parameters())
+    norms = {"weight_decay": config.weight_decay * config.decay_norms}
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": config.weight_decay * config.decay_norms},
+        {"params": [p for p in network.parameters() if p.ndim > 1]},
+        {"params": [p for p in network.parameters() if p.ndim < 2], **norms},
     ]
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
@@ -160,8 +160,8 @@ def check_finite(run: Training, loss: float) -> None:
     if not math.isfinite(loss):
         raise Diverged(
             f"the loss or a weight is not finite in epoch {len(run.history) + 1} at learning rate "
-            f"{run.optimizer.param_groups[0]['lr']:g}: training stops; the checkpoints are of the epoch before. "
-            "Try a lower lr"
+            f"{run.optimizer.param_groups[0]['lr']:g}: training stops, and the checkpoints of earlier epochs stay "
+            "as they are. Try a lower lr"
         )
 
 
@@ -241,11 +241,9 @@ def announce(config: Config, device: torch.device, images: int, folder: Path) ->
     changed = ", ".join(f"{name}={value}" for name, value in changes(config).items())
     print(f"Training {config.experiment} ({changed or 'nothing changed'}) on {images} {config.dataset} images")
     if device.type == "cpu":
-        hours = config.epochs * images / (300 * torch.get_num_threads()) / 3600
-        print(
-            f"No CUDA GPU in use: {torch.get_num_threads()} CPU threads, at about 300 images/s each (a guess from one "
-            f"machine) {hours:.1f} h for {config.epochs} epochs"
-        )
+        threads, speed = torch.get_num_threads(), 300  # images/s a thread, on one machine
+        hours = config.epochs * images / (threads * speed) / 3600
+        print(f"No CUDA GPU in use: {config.epochs} epochs take about {hours:.1f} h on {threads} CPU threads")
     else:
         print(f"On {torch.cuda.get_device_name(device)}")
     print(f"Run folder: {folder}", flush=True)
@@ -256,28 +254,23 @@ def train_seeds(config: Config, count: int, stop: Callable[[], int]) -> None:
     best = []
     for seed in range(config.seed, config.seed + count):
         folder = train(replace(config, seed=seed), stop=stop)
-        best.append(summarise(folder)["metrics"]["validation_accuracy"])
+        print(checkpoint.summary(folder), flush=True)
+        best.append(checkpoint.load(folder / "best.pth")["metrics"]["validation_accuracy"])
     mean, deviation = statistics.mean(best), statistics.stdev(best)
     print(f"Best validation accuracy of {count} seeds: {mean:.2f} % ± {deviation:.2f} (standard deviation)")
-
-
-def summarise(folder: Path) -> dict[str, Any]:
-    """Print what a finished run gave and what to type next; its best checkpoint."""
-    best = checkpoint.load(folder / "best.pth")
-    accuracy = best["metrics"]["validation_accuracy"]
-    validated = "the last, without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
-    print(f"Best epoch: {best['epoch']} of {best['config']['epochs']} ({validated})")
-    print(f"Log, curves and checkpoints: {folder}")
-    print(f"Grade it: python evaluate.py --checkpoint {folder / 'best.pth'}", flush=True)
-    return best
 
 
 def main(arguments: argparse.Namespace) -> int:
     """The program: train, resume, publish or list; the exit code."""
     keep_freed_memory()
     received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends a download, or whatever is no step, at once
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
+        signal.signal(number, note)
 
     def stop() -> int:
         return received[0] if received else 0
@@ -289,11 +282,11 @@ def main(arguments: argparse.Namespace) -> int:
             print(report(publish(Path(arguments.publish))))
         elif arguments.resume:
             folder = Path(arguments.resume)
-            summarise(train(checkpoint.run_config(folder, arguments.given), folder, stop))
+            print(checkpoint.summary(train(checkpoint.run_config(folder, arguments.given), folder, stop)))
         elif arguments.seeds > 1:
             train_seeds(arguments.config, arguments.seeds, stop)
         else:
-            summarise(train(arguments.config, stop=stop))
+            print(checkpoint.summary(train(arguments.config, stop=stop)))
     except Stopped as stopped:
         number, folder = stopped.args
         print(f"\nStopped in the middle of an epoch. Go on with: python train.py --resume {folder}")

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py does, before torch is imported
@@ -27,7 +28,14 @@ from model import MobileNetV3
 
 ROUNDS = 3  # of each contender, in turn
 DEFAULTS = Config()
-START = "import train, config; train.train(config.Config(runs_dir={folder!r}), stop=lambda: 1)"
+START = """
+import config, train
+try:
+    train.train(config.Config(runs_dir={folder!r}), stop=lambda: 1)
+except train.Stopped:  # after the first step
+    raise SystemExit(0)
+raise SystemExit(1)
+"""
 
 
 def per_second(step: Callable[[], int], warmup: int, seconds: float) -> float:
@@ -46,7 +54,7 @@ class Pictures(torch.utils.data.Dataset):
     def __init__(self, rotation: bool) -> None:
         from torchvision import transforms as T
 
-        arrays = data.read(train.Path(DEFAULTS.data_dir) / "cifar100.npz", "train")
+        arrays = data.read(Path(DEFAULTS.data_dir) / "cifar100.npz", "train")
         self.images, self.labels = arrays["train_images"], arrays["train_labels"].tolist()
         self.transform = T.Compose(
             [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]
@@ -190,11 +198,11 @@ def measure(part: str) -> Any:
 
 
 def seconds(command: list[str]) -> float:
-    """Median wall seconds of a whole command; its exit code does not matter."""
+    """Median wall seconds of a whole command, which must succeed."""
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        subprocess.run([sys.executable, *command], capture_output=True)
+        subprocess.run([sys.executable, *command], capture_output=True, check=True)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
