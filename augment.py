@@ -12,6 +12,7 @@ from config import Config
 from data import CLASSES, MEAN, STD, Images
 
 SIDE = 32  # pixels
+SMALL_SIDE = 24  # a step on such images takes 0.55 of the time
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -188,8 +189,10 @@ class Batches:
             if config.cutmix:
                 self.mixers.append(v2.CutMix(alpha=config.cutmix, num_classes=CLASSES))
 
-    def __call__(self, index: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, index: Tensor, generator: Generator, small: bool = False) -> tuple[Tensor, Tensor]:
         """The training images at `index` (N,): normalised floats (N, 3, 32, 32) and labels, (N,) or shares (N, 100).
+
+        `small` images are reduced to 24x24 (progressive learning: Tan and Le, EfficientNetV2, 2021).
 
         Mixing draws from torch's global generator on the CPU, all else from `generator` on the images' device.
         """
@@ -202,4 +205,6 @@ class Batches:
             inputs = cutout(inputs, config.cutout, generator)
         if self.mixers and torch.rand(()).item() < config.mix_share:
             inputs, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](inputs, labels)
+        if small:
+            inputs = F.interpolate(inputs, SMALL_SIDE, mode="bilinear", antialias=True)
         return inputs, labels

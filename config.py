@@ -32,9 +32,9 @@ class Config:
 
     epochs: int = setting(130, "passes over the training images", 1, 100_000)
     batch_size: int = setting(128, "images a step", 2, 65_536)
-    optimizer: str = setting("adamw", "adamw, or sgd with Nesterov momentum 0.9", choices=("adamw", "sgd"))
-    lr: float = setting(3e-3, "learning rate after warm-up, before decay", 1e-9, 1e3)
-    weight_decay: float = setting(0.05, "as torch's optimizer applies it", 0, 10)
+    optimizer: str = setting("sgd", "adamw, or sgd with Nesterov momentum 0.9", choices=("adamw", "sgd"))
+    lr: float = setting(0.2, "learning rate after warm-up, before decay", 1e-9, 1e3)
+    weight_decay: float = setting(5e-4, "as torch's optimizer applies it", 0, 10)
     decay_norms: bool = setting(False, "weight decay on norms and biases too")
     schedule: str = setting("cosine", "decay of the learning rate: StepLR, or cosine to 0", choices=("step", "cosine"))
     lr_step: int = setting(0, "StepLR: epochs between decays; 0: 38/130 of the run", 0, 100_000)
@@ -48,11 +48,12 @@ class Config:
     flip: bool = setting(True, "mirror half of the images")
     crop_padding: int = setting(4, "pixels added on each side before a random 32x32 crop; 0: off", 0, 16)
     crop_reflect: bool = setting(True, "pad by reflection, not with black")
-    trivial_augment: float = setting(0.0, "share of the images given one TrivialAugment operation", 0, 1)
+    trivial_augment: float = setting(0.5, "share of the images given one TrivialAugment operation", 0, 1)
     cutout: int = setting(0, "side in pixels of a square set to the mean colour; 0: off", 0, 32)
     mixup: float = setting(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", 0, 100)
     cutmix: float = setting(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: off", 0, 100)
     mix_share: float = setting(1.0, "share of the batches that mixup or CutMix changes", 0, 1)
+    small_share: float = setting(0.6, "share of the epochs, the first ones, trained on images of 24x24 pixels", 0, 1)
     validation_per_class: int = setting(50, "training images a class kept for validation; 0: train on all", 0, 499)
 
     experiment: str = setting("default", "name of the set that the run started from", pattern=r"[\w-]{1,40}", run=True)
@@ -102,7 +103,14 @@ PUBLISHED: dict[str, Any] = {
     "epochs": 100, "batch_size": 128, "optimizer": "adamw", "lr": 1e-2, "weight_decay": 1e-4, "decay_norms": True,
     "schedule": "step", "lr_step": 35, "lr_gamma": 0.1, "warmup_epochs": 0, "label_smoothing": 0.0, "dropout": 0.0,
     "ema": 0.0, "flip": False, "crop_padding": 0, "crop_reflect": False, "trivial_augment": 0.0, "cutout": 0,
-    "mixup": 0.0, "cutmix": 0.0, "mix_share": 1.0, "validation_per_class": 50,
+    "mixup": 0.0, "cutmix": 0.0, "mix_share": 1.0, "small_share": 0.0, "validation_per_class": 50,
+}  # fmt: skip
+# The published checkpoint's, on all 50,000 images; the defaults are the same with validation_per_class 50.
+SCRATCH: dict[str, Any] = {
+    "epochs": 130, "batch_size": 128, "optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "decay_norms": False,
+    "schedule": "cosine", "lr_step": 0, "lr_gamma": 0.5, "warmup_epochs": 2, "label_smoothing": 0.1, "dropout": 0.0,
+    "ema": 0.999, "flip": True, "crop_padding": 4, "crop_reflect": True, "trivial_augment": 0.5, "cutout": 0,
+    "mixup": 0.0, "cutmix": 0.0, "mix_share": 1.0, "small_share": 0.6, "validation_per_class": 0,
 }  # fmt: skip
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "result1": PUBLISHED | {"lr_step": 40},
@@ -111,6 +119,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "result4": PUBLISHED | {"dropout": 0.1},
     "result5": PUBLISHED | {"lr_step": 38, "lr_gamma": 0.5},
     "result6": PUBLISHED | {"lr_step": 38, "lr_gamma": 0.5, "epochs": 130},
+    "scratch": SCRATCH,
 }
 # Published accuracy, on a validation file that was not published; result3's and result4's of the last epoch.
 CLAIMED = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from torch import Generator, Tensor
 
 import augment
@@ -123,9 +124,21 @@ def test_batches_follow_from_the_generator(images: Tensor) -> None:
     first, _ = batches(index, seeded())
     assert torch.equal(batches(index, seeded())[0], first)
     assert not torch.equal(batches(index, seeded(1))[0], first)
-    plain, labels = augment.Batches(Config(flip=False, crop_padding=0), train)(index, seeded())
+    plain, labels = augment.Batches(Config(flip=False, crop_padding=0, trivial_augment=0.0), train)(index, seeded())
     assert torch.equal(plain, augment.normalise(images[index]))
     assert torch.equal(labels, index)
+
+
+def test_small_images_are_reduced_as_pil_does(images: Tensor) -> None:
+    train, index = data.Images(images, torch.arange(100)), torch.arange(100)
+    small, _ = augment.Batches(Config(flip=False, crop_padding=0, trivial_augment=0.0), train)(
+        index, seeded(), small=True
+    )
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
+    for image, reduced in zip(images, small, strict=True):
+        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((24, 24), Image.Resampling.BILINEAR)
+        pixels = 255 * (reduced * deviation + mean)
+        assert (pixels.permute(1, 2, 0) - torch.from_numpy(np.array(expected))).abs().max() < 1.01  # PIL rounds after each axis
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

@@ -54,6 +54,10 @@ def test_a_named_set_fixes_the_whole_recipe(name: str) -> None:
     assert changes(replace(config, epochs=7)) == {"epochs": 7}
 
 
+def test_the_defaults_are_scratch_with_validation() -> None:
+    assert Config() == Config(**EXPERIMENTS["scratch"] | {"validation_per_class": 50})
+
+
 def test_published_experiments() -> None:
     """Epochs, StepLR and dropout as published."""
     expected = {
