@@ -1,6 +1,7 @@
 """Grade a checkpoint: operations, size, and accuracy on the official test set."""
 
 import copy
+import csv
 import ctypes
 import json
 import os
@@ -146,11 +147,24 @@ def publish(run: Path) -> dict[str, Any]:
             f"First finish it: python train.py --resume {run}"
         )
     result = grade(run / "best.pth", data_dir=best["config"]["data_dir"])
-    test = {name: result[name] for name in ("accuracy", "top5", "loss", "images")}
-    checkpoint.save(
-        checkpoint.PUBLISHED, best | {"run": run.name, "test": test, "history": last["history"], "digests": data.SHA256}
-    )
+    provenance = {
+        "run": run.name,
+        "test": {name: result[name] for name in ("accuracy", "top5", "loss", "images")},
+        "history": last["history"],
+        "choice": choice(),
+        "digests": data.SHA256,
+    }
+    checkpoint.save(checkpoint.PUBLISHED, best | provenance)
     return result | {"checkpoint": str(checkpoint.PUBLISHED)}
+
+
+def choice() -> dict[str, float]:
+    """What the recipe was chosen by: the validation accuracy in % that each logged comparison ended with."""
+    figures = {}
+    for path in sorted(Path("docs/logs").glob("ablation-*.csv")):
+        with path.open() as file:
+            figures[path.stem] = float(list(csv.DictReader(file))[-1]["validation_accuracy"])
+    return figures
 
 
 def keep_freed_memory() -> None:

@@ -131,14 +131,13 @@ def test_batches_follow_from_the_generator(images: Tensor) -> None:
 
 def test_small_images_are_reduced_as_pil_does(images: Tensor) -> None:
     train, index = data.Images(images, torch.arange(100)), torch.arange(100)
-    small, _ = augment.Batches(Config(flip=False, crop_padding=0, trivial_augment=0.0), train)(
-        index, seeded(), small=True
-    )
+    batches = augment.Batches(Config(flip=False, crop_padding=0, trivial_augment=0.0), train)
+    small, _ = batches(index, seeded(), small=True)
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
     for image, reduced in zip(images, small, strict=True):
         expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((24, 24), Image.Resampling.BILINEAR)
-        pixels = 255 * (reduced * deviation + mean)
-        assert (pixels.permute(1, 2, 0) - torch.from_numpy(np.array(expected))).abs().max() < 1.01  # PIL rounds after each axis
+        pixels = (255 * (reduced * deviation + mean)).permute(1, 2, 0)
+        assert (pixels - torch.from_numpy(np.array(expected))).abs().max() < 1.01  # PIL rounds after each axis
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

@@ -43,7 +43,7 @@ def test_published_checkpoint_is_small_and_plain() -> None:
     assert checkpoint.PUBLISHED.stat().st_size < 4.2e6
     content = checkpoint.load(checkpoint.PUBLISHED)
     assert content["digests"] == data.SHA256
-    assert {"config", "epoch", "date", "torch", "history", "test", "run"} <= content.keys()
+    assert {"config", "epoch", "date", "torch", "history", "test", "run", "choice"} <= content.keys()
     assert content["config"]["dataset"] == "cifar100"
 
 
@@ -117,3 +117,15 @@ def test_an_unfinished_or_synthetic_run_is_not_published(network: nn.Module, tmp
         checkpoint.save(tmp_path / name, {"config": config, "epoch": 2, "weights": network.state_dict()})
     with pytest.raises(checkpoint.CheckpointError, match=r"2 of 3 epochs.*--resume"):
         evaluate.publish(tmp_path)
+
+
+def test_publishing_adds_its_provenance(cifar100: dict, network: nn.Module, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "PUBLISHED", tmp_path / "published.pth")
+    common = {"config": {"dataset": "cifar100", "experiment": "x", "epochs": 1, "data_dir": "data"}, "epoch": 1}
+    checkpoint.save(tmp_path / "best.pth", common | {"date": "2026-01-01", "weights": network.state_dict()})
+    checkpoint.save(tmp_path / "last.pth", common | {"history": [{"epoch": 1}]})
+    result, content = evaluate.publish(tmp_path), checkpoint.load(tmp_path / "published.pth")
+    assert content["test"] == {name: result[name] for name in ("accuracy", "top5", "loss", "images")}
+    assert content["history"] == [{"epoch": 1}]
+    assert content["choice"].keys() == {path.stem for path in Path("docs/logs").glob("ablation-*.csv")} != set()
+    assert all(1 < accuracy < 100 for accuracy in content["choice"].values())

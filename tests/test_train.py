@@ -219,7 +219,7 @@ def test_the_first_epochs_train_on_small_images(tiny: Config, monkeypatch: pytes
 
     monkeypatch.setattr(train.Training, "step", recorded)
     train.train(replace(tiny, epochs=3, small_share=0.6))
-    assert sides == 2 * 7 * [24] + 7 * [32]
+    assert sides == 7 * [24] + 2 * 7 * [32]
 
 
 def test_without_validation_the_last_epoch_is_saved(tiny: Config, capsys: pytest.CaptureFixture) -> None:

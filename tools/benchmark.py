@@ -27,7 +27,8 @@ from config import Config
 from model import MobileNetV3
 
 ROUNDS = 3  # of each contender, in turn
-DEFAULTS = Config()
+# The defaults, but augmented by crop and flip alone and never on small images, as what ours is compared with.
+LIKE = Config(trivial_augment=0.0, small_share=0.0)
 START = """
 import config, train
 try:
@@ -54,7 +55,7 @@ class Pictures(torch.utils.data.Dataset):
     def __init__(self, rotation: bool) -> None:
         from torchvision import transforms as T
 
-        arrays = data.read(Path(DEFAULTS.data_dir) / "cifar100.npz", "train")
+        arrays = data.read(Path(LIKE.data_dir) / "cifar100.npz", "train")
         self.images, self.labels = arrays["train_images"], arrays["train_labels"].tolist()
         self.transform = T.Compose(
             [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]
@@ -76,7 +77,7 @@ def loader(tuned: bool) -> Callable[[], Any]:
     settings: dict[str, Any] = {"num_workers": 4}
     if tuned:
         settings = {"num_workers": os.cpu_count(), "persistent_workers": True, "prefetch_factor": 4, "drop_last": True}
-    batches = torch.utils.data.DataLoader(Pictures(not tuned), DEFAULTS.batch_size, shuffle=True, **settings)
+    batches = torch.utils.data.DataLoader(Pictures(not tuned), LIKE.batch_size, shuffle=True, **settings)
 
     def endless() -> Any:
         while True:
@@ -106,8 +107,8 @@ def plain_loop(tuned: bool) -> float:
 
 def our_batches() -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of the training program."""
-    batches, generator = Batches(DEFAULTS, data.load_training(DEFAULTS)[0]), torch.Generator().manual_seed(0)
-    order = torch.randperm(len(batches.labels)).split(DEFAULTS.batch_size)[:-1]
+    batches, generator = Batches(LIKE, data.load_training(LIKE)[0]), torch.Generator().manual_seed(0)
+    order = torch.randperm(len(batches.labels)).split(LIKE.batch_size)[:-1]
 
     def endless() -> Any:
         while True:
@@ -125,7 +126,7 @@ def input_speed(batch: Callable[[], Any]) -> float:
 def our_loop() -> dict[str, float]:
     """Training images/s of the program's own step, and its peak memory in MB."""
     evaluate.keep_freed_memory()
-    run, batch, sums = train.Training(DEFAULTS, torch.device("cpu")), our_batches(), torch.zeros(2)
+    run, batch, sums = train.Training(LIKE, torch.device("cpu")), our_batches(), torch.zeros(2)
     run.network.train()
 
     def step() -> int:
@@ -141,7 +142,7 @@ def grading() -> dict[str, float]:
     """Seconds to grade the 10,000 test images, and how many times faster that is than one image at a time."""
     evaluate.keep_freed_memory()
     network = MobileNetV3().eval().to(memory_format=torch.channels_last)
-    test = data.load_test(DEFAULTS)
+    test = data.load_test(LIKE)
     evaluate.evaluate(network, data.Images(test.images[:1000], test.labels[:1000]))
     times = []
     for _ in range(ROUNDS):
@@ -163,7 +164,7 @@ def grading() -> dict[str, float]:
 def growth(images_per_class: int, epochs: int) -> dict[str, float]:
     """One short training of the program's own loop: images trained on, seconds and peak memory."""
     evaluate.keep_freed_memory()
-    config = replace(DEFAULTS, images_per_class=images_per_class + 50, epochs=epochs, device="cpu")
+    config = replace(LIKE, images_per_class=images_per_class + 50, epochs=epochs, device="cpu")
     run, batches = train.Training(config, torch.device("cpu")), Batches(config, data.load_training(config)[0])
     start = time.perf_counter()
     for _ in range(epochs):
