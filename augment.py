@@ -149,8 +149,8 @@ def autocontrast(images: Tensor, level: Tensor) -> Tensor:
 def equalize(images: Tensor, level: Tensor) -> Tensor:
     """Spread each channel's values evenly over 0..255, with PIL's whole steps."""
     values = images.flatten(2).round().long()
-    counts = torch.zeros(*values.shape[:2], 256, device=images.device)
-    counts.scatter_add_(2, values, torch.ones_like(images).flatten(2))
+    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
+    counts.scatter_add_(2, values, torch.ones_like(values))
     step = ((values.shape[2] - counts.gather(2, values.amax(2, keepdim=True))) / 255).floor()
     below = counts.cumsum(2) - counts
     table = ((below + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(max=255)

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from config import Config
+from config import Config, restore
 
 FORMAT = 1
 BEST = Path("checkpoints/best.pth")
@@ -156,9 +156,9 @@ def run_config(folder: Path, given: dict[str, Any]) -> Config:
     """The settings of the run in `folder`; raises CheckpointError, also where a given setting says otherwise."""
     try:
         if (folder / "last.pth").exists():
-            config = Config(**load(folder / "last.pth")["config"])
+            config = restore(load(folder / "last.pth")["config"])
         else:
-            config = Config(**json.loads((folder / "config.json").read_text()))
+            config = restore(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder} is no run that can go on: {error}") from error
     stored = asdict(config)

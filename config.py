@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 import sys
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 
@@ -63,7 +63,7 @@ class Config:
     images_per_class: int = setting(0, "use only so many training images a class; 0: all", 0, 500, run=True)
     seed: int = setting(0, "of weights, order and augmentation", 0, 1_000_000, run=True)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda(:\d{1,2})?", run=True)
-    threads: int = setting(0, "CPU threads; 0: one a core", 0, 1_024, run=True)
+    threads: int = setting(0, "CPU threads; 0: torch's choice, one a core", 0, 1_024, run=True)
     compile: bool = setting(False, "torch.compile the network; needs a C++ compiler, or Triton on a GPU", run=True)
     deterministic: bool = setting(False, "ask torch for deterministic CUDA kernels (slower)", run=True)
     data_dir: str = setting("data", "folder of the data set", run=True)
@@ -99,7 +99,7 @@ def check_value(f: Field, value: Any) -> None:
 
 # The published experiments: AdamW, learning rate 1e-2; batch size, weight decay (published for result5 only), no
 # augmentation and the place of the dropout are assumed. A set fixes every field of the recipe.
-PUBLISHED: dict[str, Any] = {
+REPORT: dict[str, Any] = {
     "epochs": 100, "batch_size": 128, "optimizer": "adamw", "lr": 1e-2, "weight_decay": 1e-4, "decay_norms": True,
     "schedule": "step", "lr_step": 35, "lr_gamma": 0.1, "warmup_epochs": 0, "label_smoothing": 0.0, "dropout": 0.0,
     "ema": 0.0, "flip": False, "crop_padding": 0, "crop_reflect": False, "trivial_augment": 0.0, "cutout": 0,
@@ -113,12 +113,12 @@ SCRATCH: dict[str, Any] = {
     "mixup": 0.0, "cutmix": 0.0, "mix_share": 1.0, "small_share": 0.6, "validation_per_class": 0,
 }  # fmt: skip
 EXPERIMENTS: dict[str, dict[str, Any]] = {
-    "result1": PUBLISHED | {"lr_step": 40},
-    "result2": PUBLISHED,
-    "result3": PUBLISHED | {"dropout": 0.2},
-    "result4": PUBLISHED | {"dropout": 0.1},
-    "result5": PUBLISHED | {"lr_step": 38, "lr_gamma": 0.5},
-    "result6": PUBLISHED | {"lr_step": 38, "lr_gamma": 0.5, "epochs": 130},
+    "result1": REPORT | {"lr_step": 40},
+    "result2": REPORT,
+    "result3": REPORT | {"dropout": 0.2},
+    "result4": REPORT | {"dropout": 0.1},
+    "result5": REPORT | {"lr_step": 38, "lr_gamma": 0.5},
+    "result6": REPORT | {"lr_step": 38, "lr_gamma": 0.5, "epochs": 130},
     "scratch": SCRATCH,
 }
 # Published accuracy, on a validation file that was not published; result3's and result4's of the last epoch.
@@ -137,6 +137,14 @@ def changes(config: Config) -> dict[str, Any]:
     base = {f.name: f.default for f in fields(Config)} | EXPERIMENTS.get(config.experiment, {})
     base["experiment"] = config.experiment
     return {name: getattr(config, name) for name, value in base.items() if getattr(config, name) != value}
+
+
+def restore(stored: dict[str, Any]) -> Config:
+    """The settings that a run wrote; raises ValueError where they are not this version's, or wrong."""
+    differing = sorted(stored.keys() ^ {f.name for f in fields(Config)})
+    if differing:
+        raise ValueError(f"written by another version of this program, which differs in {', '.join(differing)}")
+    return Config(**stored)
 
 
 def describe_sets(shipped: dict[str, Any]) -> str:
@@ -194,6 +202,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--list and --publish take no other flag, --resume no --seeds")
     try:
         config = Config(**(EXPERIMENTS.get(given.get("experiment", ""), {}) | given))
+        replace(config, seed=config.seed + max(0, arguments.seeds - 1))
     except ValueError as error:
         parser.error(str(error))
     if not 1 <= arguments.seeds <= 100:

@@ -48,6 +48,8 @@ def load_training(config: Config) -> tuple[Images, Images]:
     """The images that are trained on and those kept for validation, on the CPU; raises DataError."""
     images, labels = load(config, "train", config.images_per_class)
     train, validation = split(labels, config.validation_per_class, config.images_per_class)
+    if not len(train):
+        raise DataError(f"validation_per_class {config.validation_per_class} leaves no image to train on. Lower it")
     return Images(images[train], labels[train]), Images(images[validation], labels[validation])
 
 

@@ -43,7 +43,7 @@ class Scores(NamedTuple):
 def evaluate(network: nn.Module, images: data.Images, batch: int = BATCH) -> Scores:
     """Score a network in eval mode on uint8 images that lie on its device, in float32 without TF32."""
     network = folded(network)
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         logits = torch.cat([network(normalise(part)) for part in images.images.split(batch)])
         loss = F.cross_entropy(logits, images.labels)
         hits = logits.topk(5).indices == images.labels[:, None]
@@ -146,12 +146,13 @@ def publish(run: Path) -> dict[str, Any]:
             f"{run} has finished {last['epoch']} of {last['config']['epochs']} epochs. "
             f"First finish it: python train.py --resume {run}"
         )
+    chosen_by = choice() if best["config"]["experiment"] == "scratch" else {}
     result = grade(run / "best.pth", data_dir=best["config"]["data_dir"])
     provenance = {
         "run": run.name,
         "test": {name: result[name] for name in ("accuracy", "top5", "loss", "images")},
         "history": last["history"],
-        "choice": choice(),
+        "choice": chosen_by,
         "digests": data.SHA256,
     }
     checkpoint.save(checkpoint.PUBLISHED, best | provenance)
@@ -159,7 +160,7 @@ def publish(run: Path) -> dict[str, Any]:
 
 
 def choice() -> dict[str, float]:
-    """What the recipe was chosen by: the validation accuracy in % that each logged comparison ended with."""
+    """What `scratch` was chosen by: the validation accuracy in % that each logged comparison ended with."""
     figures = {}
     for path in sorted(Path("docs/logs").glob("ablation-*.csv")):
         with path.open() as file:

@@ -69,7 +69,8 @@ class Training:
     def load(self, content: dict[str, Any]) -> None:
         """Go on from the content of a last.pth."""
         for name, part in self.parts().items():
-            part.load_state_dict(content["state"][name])
+            if content["state"][name]:  # a scaler that was off has none
+                part.load_state_dict(content["state"][name])
         self.history = content["history"]
 
     def graded(self) -> torch.nn.Module:
@@ -126,7 +127,10 @@ def make_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Opti
     ]
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
-        return SGD(groups, momentum=0.9, nesterov=True, **common)
+        optimizer = SGD(groups, momentum=0.9, nesterov=True, **common)
+        for p in network.parameters():  # torch leaves them unset where GradScaler skips the first step
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
     return AdamW(groups, **common)
 
 
@@ -193,7 +197,8 @@ def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = 
     Raises DataError, CheckpointError, DeviceError, Diverged, Stopped.
     """
     device = choose_device(config.device)
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic matrix products need
         torch.use_deterministic_algorithms(True)

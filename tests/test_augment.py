@@ -1,6 +1,7 @@
 """Augmentation of batches against plain per-image references."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from torch import Generator, Tensor
 
 import augment
 import data
-from config import Config
+from config import EXPERIMENTS, Config
+
+PLAIN = Config(**EXPERIMENTS["result6"])  # no augmentation
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -120,18 +123,18 @@ def test_trivial_augment_changes_its_share_per_sample(images: Tensor) -> None:
 
 def test_batches_follow_from_the_generator(images: Tensor) -> None:
     train, index = data.Images(images, torch.arange(100)), torch.arange(99, -1, -1)
-    batches = augment.Batches(Config(trivial_augment=0.5, cutout=8), train)
+    batches = augment.Batches(replace(PLAIN, flip=True, crop_padding=4, trivial_augment=0.5, cutout=8), train)
     first, _ = batches(index, seeded())
     assert torch.equal(batches(index, seeded())[0], first)
     assert not torch.equal(batches(index, seeded(1))[0], first)
-    plain, labels = augment.Batches(Config(flip=False, crop_padding=0, trivial_augment=0.0), train)(index, seeded())
+    plain, labels = augment.Batches(PLAIN, train)(index, seeded())
     assert torch.equal(plain, augment.normalise(images[index]))
     assert torch.equal(labels, index)
 
 
 def test_small_images_are_reduced_as_pil_does(images: Tensor) -> None:
     train, index = data.Images(images, torch.arange(100)), torch.arange(100)
-    batches = augment.Batches(Config(flip=False, crop_padding=0, trivial_augment=0.0), train)
+    batches = augment.Batches(PLAIN, train)
     small, _ = batches(index, seeded(), small=True)
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
     for image, reduced in zip(images, small, strict=True):
@@ -144,9 +147,9 @@ def test_small_images_are_reduced_as_pil_does(images: Tensor) -> None:
 def test_mixing_gives_shares_of_two_labels(images: Tensor, kind: str) -> None:
     torch.manual_seed(0)
     train, index = data.Images(images, torch.arange(100)), torch.arange(100)
-    inputs, shares = augment.Batches(Config(**{kind: 1.0}), train)(index, seeded())
+    inputs, shares = augment.Batches(replace(PLAIN, **{kind: 1.0}), train)(index, seeded())
     assert inputs.shape == images.shape
     assert torch.allclose(shares.sum(1), torch.ones(100))
     assert ((shares > 0).sum(1) == 2).all()
-    _, hard = augment.Batches(Config(**{kind: 1.0}, mix_share=0.0), train)(index, seeded())
+    _, hard = augment.Batches(replace(PLAIN, **{kind: 1.0}, mix_share=0.0), train)(index, seeded())
     assert torch.equal(hard, index)

@@ -54,10 +54,6 @@ def test_a_named_set_fixes_the_whole_recipe(name: str) -> None:
     assert changes(replace(config, epochs=7)) == {"epochs": 7}
 
 
-def test_the_defaults_are_scratch_with_validation() -> None:
-    assert Config() == Config(**EXPERIMENTS["scratch"] | {"validation_per_class": 50})
-
-
 def test_published_experiments() -> None:
     """Epochs, StepLR and dropout as published."""
     expected = {
@@ -94,6 +90,7 @@ def test_flags_override_a_named_set() -> None:
         ["--seeds", "2", "--validation_per_class", "0"],
         ["--resume", "runs/x", "--seeds", "2"],
         ["--publish", "runs/x", "--epochs", "3"],
+        ["--seed", "1000000", "--seeds", "2"],
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(flags: list[str], capsys: pytest.CaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -11,7 +12,7 @@ from torchvision import transforms as T
 import augment
 import data
 import evaluate
-from config import Config
+from config import EXPERIMENTS, Config
 
 
 def fastest(action: Callable[[], object], times: int = 5) -> float:
@@ -29,7 +30,8 @@ def test_a_batch_is_made_much_faster_than_from_pictures() -> None:
     images = data.Images(*data.synthetic(2, seed=0))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.images[:128]]
     steps = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(data.MEAN, data.STD)]
-    transform, batches = T.Compose(steps), augment.Batches(Config(trivial_augment=0.0), images)
+    crop_and_flip = replace(Config(**EXPERIMENTS["result6"]), flip=True, crop_padding=4)
+    transform, batches = T.Compose(steps), augment.Batches(crop_and_flip, images)
     index, generator = torch.arange(128), torch.Generator().manual_seed(0)
     batches(index, generator)
     plain = fastest(lambda: torch.stack([transform(picture) for picture in pictures]))

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import checkpoint
-from config import Config, changes
+from config import changes, restore
 
 # Told apart by colour-blind readers (Okabe and Ito, 2008); further runs differ by their markers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -94,10 +94,13 @@ def table(runs: dict[str, History]) -> str:
     return "\n".join(lines)
 
 
-def changed(folder: Path) -> str:
-    """The settings in which a run differs from the set or the defaults that it started from; raises ValueError."""
-    differences = changes(Config(**json.loads((folder / "config.json").read_text())))
-    return ", ".join(f"{name}={value}" for name, value in differences.items()) or "nothing"
+def note(folder: Path) -> str:
+    """In which settings a run differs from the set or the defaults that it started from."""
+    try:
+        differences = changes(restore(json.loads((folder / "config.json").read_text())))
+    except ValueError as error:
+        return f"{folder.name} was {error}"
+    return f"{folder.name} changed {', '.join(f'{k}={v}' for k, v in differences.items()) or 'nothing'}"
 
 
 def read(folder: Path) -> History:
@@ -123,7 +126,7 @@ def main() -> int:
         heading = "validation (solid, best epoch marked) and train (dashed)"
         if len(runs) == 1:
             heading = title(json.loads((arguments.runs[0] / "config.json").read_text()), *runs.values())
-        notes = [f"{folder.name} changed {changed(folder)}" for folder in arguments.runs]
+        notes = [note(folder) for folder in arguments.runs]
         draw(runs, heading, arguments.output)
     except (checkpoint.CheckpointError, OSError, TypeError, ValueError) as error:
         print(f"tools.curves: error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ import data
 import evaluate
 from augment import normalise
 from config import Config, OneLineParser
-from tools.labels import SUPERCLASSES, human
+from tools.labels import SUPERCLASSES, class_names, human
 
 PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>MobileNetV3 on $dataset</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>table { width: 100%; border-spacing: 0 }
@@ -90,18 +90,18 @@ def stages(network: nn.Module) -> list[tuple[str, str, int, int, int]]:
     return [*rows, ("total", "", *(sum(row[i] for row in rows) for i in (2, 3, 4)))]
 
 
-def build(path: Path) -> tuple[str, float]:
+def build(path: Path, data_dir: str = "data") -> tuple[str, float]:
     """The page on a checkpoint, and its accuracy in percent; raises CheckpointError, DataError."""
     content = checkpoint.load(path)
     network, dataset = evaluate.load_network(content, path), content["config"]["dataset"]
-    (images, labels), folded = data.load_test(Config(dataset=dataset)), evaluate.folded(network)
+    (images, labels), folded = data.load_test(Config(dataset=dataset, data_dir=data_dir)), evaluate.folded(network)
     with torch.inference_mode():
         logits = torch.cat([folded(normalise(part)) for part in images.split(100)]).double()
     top, count = logits.softmax(1).topk(5), len(labels)
     hits, confidence, guesses = top.indices == labels[:, None], top.values[:, 0], top.indices[:, 0]
-    groups = {f"shape {s}": tuple(f"shape {s}, texture {t}" for t in range(10)) for s in range(10)}
-    groups = groups if dataset == "synthetic" else SUPERCLASSES
-    names = sorted(name for members in groups.values() for name in members)  # the order of the labels
+    names = class_names(dataset)
+    shapes = {f"shape {s}": names[10 * s : 10 * s + 10] for s in range(10)}
+    groups = shapes if dataset == "synthetic" else SUPERCLASSES
     kin = torch.tensor([i for name in names for i, members in enumerate(groups.values()) if name in members])
     correct, related = hits[:, 0].double(), (kin[labels] == kin[guesses]).double()
     right = [(k, int(hits[:, :k].sum())) for k in (1, 5)]
@@ -135,13 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: the one that evaluate.py grades")
     parser.add_argument("--output", type=Path, default="report/index.html", help="[%(default)s]")
+    parser.add_argument("--data_dir", default="data", help="folder of the data set")
     arguments = parser.parse_args(argv)
     try:
-        page, accuracy = build(arguments.checkpoint or evaluate.default_checkpoint())
+        page, accuracy = build(arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(arguments.output, lambda file: file.write(page.encode()))
     except (checkpoint.CheckpointError, data.DataError, OSError) as error:
-        raise SystemExit(f"report.py: error: {error}") from None
+        raise SystemExit(f"tools.report: error: {error}") from None
     print(f"{arguments.output}\nAccuracy = {accuracy:.2f} %")
 
 

@@ -1,0 +1,53 @@
+"""Comparing runs: the table, the notes and the picture."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+from config import Config
+from tools import curves
+
+
+def write_run(folder: Path, config: Config, accuracies: list[float | None]) -> Path:
+    """A run folder of as many epochs as there are validation accuracies."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    rows = [
+        dict.fromkeys(checkpoint.COLUMNS, 1.0) | {"epoch": epoch, "train_accuracy": 50.0, "validation_accuracy": value}
+        for epoch, value in enumerate(accuracies, start=1)
+    ]
+    checkpoint.write_log(folder, rows)
+    return folder
+
+
+def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    a = write_run(tmp_path / "a", Config(), [10.0, 30.0, 20.0])
+    b = write_run(tmp_path / "b", replace(Config(), epochs=7), [None, None])
+    picture = tmp_path / "curves.png"
+    monkeypatch.setattr("sys.argv", ["curves", str(a), str(b), "--output", str(picture)])
+    assert curves.main() == 0
+    _, first, second, *notes = capsys.readouterr().out.splitlines()
+    assert first.split() == ["a", "3", "2", "30.00", "50.00", "20.00", "1"]
+    assert second.split() == ["b", "2", "2", "-", "50.00", "-", "1"]
+    assert notes[:2] == ["a changed nothing", "b changed epochs=7"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_versions_settings_are_named(tmp_path: Path) -> None:
+    """Today's defaults say nothing about a run that was made before a setting existed."""
+    folder = write_run(tmp_path / "old", Config(), [10.0])
+    stored = asdict(Config())
+    del stored["small_share"]
+    (folder / "config.json").write_text(json.dumps(stored))
+    assert curves.note(folder).startswith("old was written by another version")
+    assert curves.note(folder).endswith("small_share")
+
+
+def test_a_folder_without_a_log_is_one_line(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("sys.argv", ["curves", str(tmp_path)])
+    assert curves.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "log.csv" in line
