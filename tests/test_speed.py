@@ -26,7 +26,7 @@ def fastest(action: Callable[[], object], times: int = 5) -> float:
 
 
 def test_a_batch_is_made_much_faster_than_from_pictures() -> None:
-    """23 times a loader's speed on two cores in docs/benchmark.json; here against one process of it."""
+    """26 times a loader's speed on two cores in docs/benchmark.json; here against one process of it."""
     images = data.Images(*data.synthetic(2, seed=0))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.images[:128]]
     steps = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(data.MEAN, data.STD)]
@@ -39,7 +39,7 @@ def test_a_batch_is_made_much_faster_than_from_pictures() -> None:
 
 
 def test_grading_in_batches_is_much_faster_than_one_at_a_time(network: nn.Module) -> None:
-    """12 times in docs/benchmark.json."""
+    """10 times in docs/benchmark.json."""
     images = data.Images(*data.synthetic(2, seed=0))
     fast = network.to(memory_format=torch.channels_last)
     evaluate.evaluate(fast, images)
