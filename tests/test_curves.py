@@ -1,10 +1,12 @@
 """Comparing runs: the table, the notes and the picture."""
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 import checkpoint
 from config import Config
@@ -44,6 +46,15 @@ def test_another_versions_settings_are_named(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(stored))
     assert curves.note(folder).startswith("old was written by another version")
     assert curves.note(folder).endswith("small_share")
+
+
+def test_only_steps_of_the_learning_rate_are_marked() -> None:
+    cosine = [1 + math.cos(math.pi * epoch / 130) for epoch in range(130)]
+    steps = [0.5 ** (epoch // 38) for epoch in range(130)]
+    for rates, marked in ((cosine, []), (steps, [38.5, 76.5, 114.5])):
+        axes = Figure().subplots()
+        curves.mark_decays(axes, [{"epoch": epoch, "lr": rate} for epoch, rate in enumerate(rates, start=1)])
+        assert [line.get_xdata()[0] for line in axes.lines] == marked
 
 
 def test_a_folder_without_a_log_is_one_line(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:

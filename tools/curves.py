@@ -73,9 +73,10 @@ def draw_run(axes: Axes, history: History, name: str, place: int, run: str) -> N
 
 def mark_decays(axes: Axes, history: History) -> None:
     """A thin line before each epoch in which the learning rate fell by a step."""
-    falls = [after["epoch"] - 0.5 for before, after in pairwise(history) if after["lr"] < 0.9 * before["lr"]]
-    if len(falls) <= len(history) / 4:  # a smooth schedule has no steps to show
-        for place, epoch in enumerate(falls):
+    drops = [(before, after) for before, after in pairwise(history) if after["lr"] < before["lr"]]
+    steps = all(after["lr"] < 0.9 * before["lr"] for before, after in drops)
+    if steps and len(drops) <= len(history) / 4:  # a smooth schedule has none to show
+        for place, epoch in enumerate(after["epoch"] - 0.5 for _, after in drops):
             axes.axvline(epoch, color="0.6", linewidth=0.7, label="learning rate falls" if place == 0 else None)
 
 
