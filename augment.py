@@ -12,7 +12,7 @@ from config import Config
 from data import CLASSES, MEAN, STD, Images
 
 SIDE = 32  # pixels
-SMALL_SIDE = 24  # a step on such images takes 0.55 of the time
+SMALL_SIDE = 24  # an epoch of such images takes 0.6 of the time
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -46,8 +46,9 @@ def crop_and_flip(
     Returns uint8 (N, 3, 32, 32), channels_last. Padding, crop and flip only decide which pixels are read: one pass
     over the batch instead of four.
     """
-    shifts = torch.randint(-padding, padding + 1, (2, len(index), 1), device=index.device, generator=generator)
-    side = torch.arange(SIDE, device=index.device)
+    index = index.int()  # places fit into 32 bits up to two million images, and are half as much to move
+    shifts = torch.randint(-padding, padding + 1, (2, len(index), 1), device=index.device, generator=generator).int()
+    side = torch.arange(SIDE, dtype=torch.int32, device=index.device)
     rows, columns = side + shifts[0], side + shifts[1]  # (N, 32), counted in the image's own pixels
     if flip:
         mirrored = torch.rand(len(index), 1, device=index.device, generator=generator) < 0.5

@@ -53,7 +53,7 @@ class Config:
     mixup: float = setting(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", 0, 100)
     cutmix: float = setting(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: off", 0, 100)
     mix_share: float = setting(1.0, "share of the batches that mixup or CutMix changes", 0, 1)
-    small_share: float = setting(0.6, "share of the epochs, the first ones, trained on images of 24x24 pixels", 0, 1)
+    small_share: float = setting(0.6, "share of the epochs, rounded down, that train first on 24x24 pixels", 0, 1)
     validation_per_class: int = setting(50, "training images a class kept for validation; 0: train on all", 0, 499)
 
     experiment: str = setting("default", "name of the set that the run started from", pattern=r"[\w-]{1,40}", run=True)

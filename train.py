@@ -266,7 +266,7 @@ def announce(config: Config, device: torch.device, images: int, folder: Path) ->
     print(f"Training {config.experiment} ({changed or 'nothing changed'}) on {images} {config.dataset} images")
     if device.type == "cpu":
         threads, speed = torch.get_num_threads(), 300  # images/s a thread, on one machine
-        hours = config.epochs * images * (1 - 0.45 * config.small_share) / (threads * speed) / 3600
+        hours = config.epochs * images * (1 - 0.4 * config.small_share) / (threads * speed) / 3600
         print(f"No CUDA GPU in use: {config.epochs} epochs take about {hours:.1f} h on {threads} CPU threads")
     else:
         print(f"On {torch.cuda.get_device_name(device)}")
