@@ -39,7 +39,7 @@ def test_a_batch_is_made_much_faster_than_from_pictures() -> None:
 
 
 def test_grading_in_batches_is_much_faster_than_one_at_a_time(network: nn.Module) -> None:
-    """10 times in docs/benchmark.json."""
+    """16 times in docs/benchmark.json."""
     images = data.Images(*data.synthetic(2, seed=0))
     fast = network.to(memory_format=torch.channels_last)
     evaluate.evaluate(fast, images)
