@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,17 +19,18 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torchvision.transforms.v2  # noqa: F401  imported here once, not in each forked run
+from tqdm import tqdm
 
 import checkpoint
 import data
 import evaluate
-import tools.curves  # noqa: F401
 import train
 from config import Config
 from model import MobileNetV3
 
-FORK = multiprocessing.get_context("fork")  # torch is imported once, not once a run
+# Runs are forked from a server that has imported torch once, and where nothing else has run: autograd bears no fork.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train", "tools.curves", "torchvision.transforms.v2"])
 SMALL = {"train": 3, "test": 2}  # images a class of the stand-in for the official set
 
 
@@ -49,11 +51,12 @@ def run(config: Config, folder: Path | None) -> None:
     """One training process, silent; what it printed is in printed.txt beside the run folders."""
     with open(Path(config.runs_dir).parent / "printed.txt", "w", buffering=1) as file:
         sys.stdout = file
+        tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves to the system
         train.train(config, folder)
 
 
 def start(config: Config, folder: Path | None = None) -> Any:
-    process = FORK.Process(target=run, args=(config, folder))
+    process = SERVER.Process(target=run, args=(config, folder))
     process.start()
     return process
 
