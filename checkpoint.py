@@ -50,7 +50,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Open a checkpoint on the CPU without running any code in it; raises CheckpointError."""
     if not path.exists():
-        raise CheckpointError(f"{path} is not there. Train one (python train.py) or give another with --checkpoint")
+        raise CheckpointError(f"{path} is not there. Give the path of one that is, or train one: python train.py")
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > LARGEST:
@@ -172,11 +172,12 @@ def summary(folder: Path) -> str:
     """What a finished run gave, where it is, and what to type next."""
     best = load(folder / "best.pth")
     accuracy = best["metrics"]["validation_accuracy"]
+    elsewhere = f" --data_dir {best['config']['data_dir']}" * (best["config"]["data_dir"] != Config.data_dir)
     validated = "the last, without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
     return (
         f"Best epoch: {best['epoch']} of {best['config']['epochs']} ({validated})\n"
         f"Log, curves and checkpoints: {folder}\n"
-        f"Grade it: python evaluate.py --checkpoint {folder / 'best.pth'}"
+        f"Grade it: python evaluate.py --checkpoint {folder / 'best.pth'}{elsewhere}"
     )
 
 

@@ -92,7 +92,7 @@ def read(path: Path, source: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names}
         check(arrays)
-    except (OSError, EOFError, ValueError, KeyError, MemoryError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is damaged: {one_line(error)}. Delete it and run again to build it anew.") from error
     return arrays
 
@@ -140,8 +140,8 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def synthetic(per_class: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
-    """Generated images, uint8 (100 * per_class, 3, size, size), of 10 shapes in 10 textures, and their labels.
+def synthetic(per_class: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Generated images, uint8 (100 * per_class, 3, 32, 32), of 10 shapes in 10 textures, and their labels.
 
     Colour, position, scale, phase and noise are random, so that single pixels say next to nothing of the class.
     """
@@ -152,7 +152,7 @@ def synthetic(per_class: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=generator) * (high - low) + low
 
-    axis = torch.linspace(-1, 1, size)
+    axis = torch.linspace(-1, 1, 32)
     x = axis.view(1, 1, -1) - uniform(-0.3, 0.3, 1, 1)
     y = axis.view(1, -1, 1) - uniform(-0.3, 0.3, 1, 1)
     scale = uniform(0.45, 0.65, 1, 1)

@@ -4,14 +4,13 @@ import copy
 import csv
 import ctypes
 import json
-import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported; train.py says why
+from config import Config, OneLineParser  # before torch, see there
 
 import thop
 import torch
@@ -22,7 +21,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import checkpoint
 import data
 from augment import normalise
-from config import Config, OneLineParser
 from model import MobileNetV3
 
 BATCH = 100  # images a forward pass; the figures do not depend on it
@@ -95,7 +93,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def grade(path: Path, device: str = "auto", data_dir: str = "data", batch: int = BATCH) -> dict[str, Any]:
+def grade(
+    path: Path, device: str = Config.device, data_dir: str = Config.data_dir, batch: int = BATCH
+) -> dict[str, Any]:
     """Operations, size and test scores of a checkpoint, with what it is.
 
     Raises CheckpointError, DataError, DeviceError.
@@ -180,18 +180,22 @@ def keep_freed_memory() -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--data_dir", default="data", help="folder of the data set")
+    parser.add_argument("--device", default=Config.device, help="auto, cpu, cuda or cuda:N [%(default)s]")
+    parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
     parser.add_argument("--batch_size", type=int, default=BATCH, help="images a forward pass [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, not {arguments.batch_size}")
+    try:
+        Config(device=arguments.device, data_dir=arguments.data_dir)
+    except ValueError as error:
+        parser.error(str(error))
     keep_freed_memory()
     try:
         path = arguments.checkpoint or default_checkpoint()
         result = grade(path, arguments.device, arguments.data_dir, arguments.batch_size)
-    except (checkpoint.CheckpointError, data.DataError, DeviceError, ValueError) as error:
+    except (checkpoint.CheckpointError, data.DataError, DeviceError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result) if arguments.json else report(result))

@@ -1,18 +1,14 @@
 """Train the network on CIFAR-100: `python train.py`; every setting is a constant in config.py and a flag here."""
 
-import os
-
 from config import Config, changes, describe_sets, parse_command_line
 
 # Parsed before the imports below, which take seconds: -h and a mistyped flag answer at once.
 ARGUMENTS = parse_command_line() if __name__ == "__main__" else None
-# Read when torch is imported. OpenMP's threads else spin so long that a step takes seconds on cores shared with one
-# other busy process; on idle cores the difference is within the noise.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import inspect
 import math
+import os
 import signal
 import statistics
 import sys
@@ -35,7 +31,7 @@ from model import Average, MobileNetV3
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM came; the number of the signal."""
+    """SIGINT or SIGTERM came; the signal's number, and the run's folder where there is one."""
 
 
 class Diverged(Exception):
@@ -145,8 +141,8 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer) -> lr_sched
     return lr_scheduler.ChainedScheduler([warmup, decay])
 
 
-def train_epoch(run: Training, batches: Batches, stop: Callable[[], int]) -> tuple[float, float]:
-    """Train on every image once, in an order that follows from (seed, epoch); mean loss and accuracy in %.
+def train_epoch(run: Training, batches: Batches, stop: Callable[[], int]) -> tuple[float, float, int]:
+    """Train on each image once, in an order that follows from (seed, epoch); mean loss, accuracy in %, images.
 
     The last images that do not fill a batch are left out, others in each epoch, so that all steps have one shape.
     """
@@ -175,7 +171,7 @@ def train_epoch(run: Training, batches: Batches, stop: Callable[[], int]) -> tup
     finite = torch.stack([p.isfinite().all() for p in run.graded().state_dict().values()]).all()
     loss, hits, finite = torch.cat([sums / (len(order) * size), finite[None]]).tolist()
     check_finite(run, loss if finite else math.nan)
-    return loss, 100 * hits
+    return loss, 100 * hits, len(order) * size
 
 
 def check_finite(run: Training, loss: float) -> None:
@@ -203,13 +199,15 @@ def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = 
     batches = Batches(config, images)
     del images
     run = Training(config, device)
+    if number := stop():
+        raise Stopped(number, folder)
     folder = checkpoint.new_run(config) if folder is None else folder
     with checkpoint.locked(folder):
         for left in folder.glob(".*.part"):  # of a killed process
             left.unlink()
         if (folder / "last.pth").exists():
             run.load(checkpoint.load(folder / "last.pth"))
-        announce(config, device, len(batches.labels), folder)
+        announce(run, len(batches.labels), folder)
         drawn = time.monotonic()
         while len(run.history) < config.epochs:
             try:
@@ -221,6 +219,8 @@ def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = 
                 drawn = time.monotonic()
         checkpoint.write_log(folder, run.history)
         draw_curves(run, folder)
+        if config.dataset != "synthetic":  # another run may have written its own there meanwhile
+            checkpoint.write_whole(checkpoint.BEST, lambda file: file.write((folder / "best.pth").read_bytes()))
     return folder
 
 
@@ -231,7 +231,7 @@ def finish_epoch(
     config, epoch, start = run.config, len(run.history) + 1, time.perf_counter()
     print(f"Epoch {epoch}/{config.epochs}")
     rate = run.optimizer.param_groups[0]["lr"]
-    loss, accuracy = train_epoch(run, batches, stop)
+    loss, accuracy, images = train_epoch(run, batches, stop)
     seconds = time.perf_counter() - start
     print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
     row = dict.fromkeys(checkpoint.COLUMNS)
@@ -242,7 +242,7 @@ def finish_epoch(
         print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
         row.update(validation_loss=scores.loss, validation_accuracy=scores.top1)
         better = scores.top1 > max((old["validation_accuracy"] for old in run.history), default=-1.0)
-    row.update(images_per_second=len(batches.labels) / seconds, seconds=time.perf_counter() - start)
+    row.update(images_per_second=images / seconds, seconds=time.perf_counter() - start)
     run.scheduler.step()
     run.history.append(row)
     state = {name: part.state_dict() for name, part in run.parts().items()}
@@ -260,14 +260,16 @@ def draw_curves(run: Training, folder: Path) -> None:
     draw({folder.name: run.history}, title(asdict(run.config), run.history), folder / "curves.png")
 
 
-def announce(config: Config, device: torch.device, images: int, folder: Path) -> None:
+def announce(run: Training, images: int, folder: Path) -> None:
     """Say what is trained, with which changed settings, where, and on a CPU how long that takes."""
+    config, device, epochs = run.config, run.device, run.config.epochs - len(run.history)
     changed = ", ".join(f"{name}={value}" for name, value in changes(config).items())
     print(f"Training {config.experiment} ({changed or 'nothing changed'}) on {images} {config.dataset} images")
     if device.type == "cpu":
         threads, speed = torch.get_num_threads(), 300  # images/s a thread, on one machine
-        hours = config.epochs * images * (1 - 0.4 * config.small_share) / (threads * speed) / 3600
-        print(f"No CUDA GPU in use: {config.epochs} epochs take about {hours:.1f} h on {threads} CPU threads")
+        small = min(epochs, max(0, config.small_share * config.epochs - len(run.history)))
+        hours = images * (epochs - 0.4 * small) / (threads * speed) / 3600
+        print(f"No CUDA GPU in use: {epochs} epochs take about {hours:.1f} h on {threads} CPU threads")
     else:
         print(f"On {torch.cuda.get_device_name(device)}")
     print(f"Run folder: {folder}", flush=True)
@@ -277,7 +279,11 @@ def train_seeds(config: Config, count: int, stop: Callable[[], int]) -> None:
     """Train with `count` seeds, one after another; print the mean and standard deviation of their best epochs."""
     best = []
     for seed in range(config.seed, config.seed + count):
-        folder = train(replace(config, seed=seed), stop=stop)
+        try:
+            folder = train(replace(config, seed=seed), stop=stop)
+        except Stopped:
+            print(f"\nSeeds {seed} to {config.seed + count - 1} are not finished: no mean, no deviation")
+            raise
         print(checkpoint.summary(folder), flush=True)
         best.append(checkpoint.load(folder / "best.pth")["metrics"]["validation_accuracy"])
     mean, deviation = statistics.mean(best), statistics.stdev(best)
@@ -303,7 +309,8 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.list:
             print(describe_sets(checkpoint.load(checkpoint.PUBLISHED)))
         elif arguments.publish:
-            print(report(publish(Path(arguments.publish))))
+            grade = report(publish(Path(arguments.publish)))
+            print("README.md must give this accuracy: the tests compare them", grade, sep="\n")
         elif arguments.resume:
             folder = Path(arguments.resume)
             print(checkpoint.summary(train(checkpoint.run_config(folder, arguments.given), folder, stop)))
@@ -313,7 +320,7 @@ def main(arguments: argparse.Namespace) -> int:
             print(checkpoint.summary(train(arguments.config, stop=stop)))
     except Stopped as stopped:
         number, folder = stopped.args
-        print(f"\nStopped in the middle of an epoch. Go on with: python train.py --resume {folder}")
+        print(f"\nStopped. Go on with: python train.py --resume {folder}" if folder else "\nStopped before the start")
         return 128 + number
     except (checkpoint.CheckpointError, data.DataError, DeviceError, Diverged, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)

@@ -4,9 +4,7 @@ import argparse
 import csv
 import hashlib
 import multiprocessing
-import os
 import random
-import signal
 import sys
 import tempfile
 import threading
@@ -74,9 +72,12 @@ def check_killed(folder: Path, printed: str) -> int:
     return kept
 
 
-def kill(count: int, seed: int, bound: float = 1500) -> tuple[int, int]:
-    """Kill `count` runs at random moments and resume them; how many were killed, and how many ended identical."""
-    rng, killed, identical, begun = random.Random(seed), 0, 0, time.monotonic()
+def kill(count: int, seed: int, bound: float = 1500) -> tuple[int, int, int]:
+    """Kill `count` runs at random moments and resume them.
+
+    How many were killed, how many of them before there was a run, and how many were resumed and ended identical.
+    """
+    rng, killed, early, identical, begun = random.Random(seed), 0, 0, 0, time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         runs = Path(place, "runs")
         config = Config(
@@ -93,12 +94,12 @@ def kill(count: int, seed: int, bound: float = 1500) -> tuple[int, int]:
             before = set(runs.iterdir())
             process = start(config)
             time.sleep(rng.uniform(0, length))
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
             killed += 1
             new = set(runs.iterdir()) - before
             if not new or not (next(iter(new)) / "config.json").exists():
-                identical += 1  # nothing had begun, nothing is lost: the user starts it again
+                early += 1  # nothing is lost: the user starts it again
                 continue
             (folder,) = new
             kept = check_killed(folder, Path(place, "printed.txt").read_text())
@@ -110,7 +111,7 @@ def kill(count: int, seed: int, bound: float = 1500) -> tuple[int, int]:
             names = {path.name for path in folder.iterdir()}
             assert names == {"config.json", "log.csv", "last.pth", "best.pth", "curves.png"}, names
             identical += outcome(folder) == expected
-    return killed, identical
+    return killed, early, identical
 
 
 def damages(rng: random.Random) -> dict[str, Callable[[Path], Any]]:
@@ -212,9 +213,9 @@ def main() -> int:
         print(f"{refused} refused, {harmless} harmless (the same content), {accepted} accepted with other content")
         wrong |= accepted > 0
     if arguments.kills:
-        killed, identical = kill(arguments.kills, arguments.seed)
-        print(f"{killed} kills, {identical} resumed identical")
-        wrong |= identical < killed or killed < arguments.kills
+        killed, early, identical = kill(arguments.kills, arguments.seed)
+        print(f"{killed} kills: {early} before there was a run to resume, {identical} resumed with an identical end")
+        wrong |= early + identical < killed or killed < arguments.kills
     return int(wrong)
 
 

@@ -70,6 +70,12 @@ def test_published_experiments() -> None:
         assert (recipe["optimizer"], recipe["lr"], recipe["weight_decay"]) == ("adamw", 1e-2, 1e-4)
 
 
+def test_a_resumed_runs_settings_are_not_checked_against_the_defaults() -> None:
+    """lr_step has no meaning beside the defaults' cosine, but the run may have StepLR."""
+    arguments = parse_command_line(["--resume", "runs/x", "--lr_step", "38"])
+    assert arguments.given == {"lr_step": 38}
+
+
 def test_flags_override_a_named_set() -> None:
     arguments = parse_command_line(["--experiment", "result6", "--epochs", "3", "--flip"])
     assert arguments.config == Config(**(EXPERIMENTS["result6"] | {"experiment": "result6", "epochs": 3, "flip": True}))
@@ -101,13 +107,16 @@ def test_a_wrong_command_line_is_one_line_and_code_2(flags: list[str], capsys: p
 
 
 def test_sets_are_described_with_their_figures() -> None:
-    shipped = {"config": {"experiment": "result6"}, "test": {"accuracy": 12.5}}
-    lines = describe_sets(shipped).splitlines()
+    config = EXPERIMENTS["result6"] | {"experiment": "result6"}
+    lines = describe_sets({"config": config, "test": {"accuracy": 12.5}}).splitlines()
     (place,) = (i for i, line in enumerate(lines) if line.startswith("result6: "))
-    assert "lr=0.01" in lines[place]
+    for key, value in EXPERIMENTS["result6"].items():
+        assert (f"{key}={value}" in lines[place]) == (value != getattr(Config, key))
     assert "86.95 %" in lines[place + 1]
     assert lines[place + 2].endswith("12.50 %")
     assert sum("measured" in line for line in lines) == 1
+    changed = describe_sets({"config": config | {"epochs": 3}, "test": {"accuracy": 12.5}})
+    assert "measured" not in changed, "another recipe's figure is not the set's"
 
 
 def test_help_names_every_setting_and_does_not_import_torch() -> None:

@@ -132,7 +132,7 @@ def damage_folder(path: Path) -> None:
 def damage_swap(path: Path) -> None:
     """Two labels exchanged."""
     arrays = dict(np.load(path))
-    arrays["train_labels"] = arrays["train_labels"][::-1]
+    arrays["train_labels"][[0, -1]] = arrays["train_labels"][[-1, 0]]
     np.savez(path, **arrays)
 
 

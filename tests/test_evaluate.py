@@ -13,6 +13,7 @@ import augment
 import checkpoint
 import data
 import evaluate
+from config import Config
 from conftest import grade_without_data
 
 
@@ -121,7 +122,8 @@ def test_an_unfinished_or_synthetic_run_is_not_published(network: nn.Module, tmp
 
 def test_publishing_adds_its_provenance(cifar100: dict, network: nn.Module, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "PUBLISHED", tmp_path / "published.pth")
-    common = {"config": {"dataset": "cifar100", "experiment": "scratch", "epochs": 1, "data_dir": "data"}, "epoch": 1}
+    config = {"dataset": "cifar100", "experiment": "scratch", "epochs": 1, "data_dir": Config.data_dir}
+    common = {"config": config, "epoch": 1}
     checkpoint.save(tmp_path / "best.pth", common | {"date": "2026-01-01", "weights": network.state_dict()})
     checkpoint.save(tmp_path / "last.pth", common | {"history": [{"epoch": 1}]})
     result, content = evaluate.publish(tmp_path), checkpoint.load(tmp_path / "published.pth")

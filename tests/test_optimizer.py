@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,10 @@ def test_learning_rate_at_the_decays(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_default_step_scales_with_the_run_and_warm_up_multiplies() -> None:
     for epochs, step in ((130, 38), (26, 8), (2, 1)):
-        config = Config(epochs=epochs, schedule="step", warmup_epochs=0)
+        config = Config(epochs=epochs, schedule="step", lr_step=0, warmup_epochs=0)
         assert train.make_scheduler(config, sgd()).step_size == step
     rates = []
-    scheduler = train.make_scheduler(Config(epochs=10, warmup_epochs=2, schedule="cosine", lr=1.0), sgd())
+    scheduler = train.make_scheduler(Config(epochs=10, warmup_epochs=2, schedule="cosine", lr_step=0, lr=1.0), sgd())
     for _ in range(10):
         rates.append(scheduler.get_last_lr()[0])
         scheduler.step()
@@ -99,11 +100,11 @@ def test_training_does_not_import_the_compiler(tmp_path: Path) -> None:
     code = """if True:
         import sys, train
         for optimizer in ("adamw", "sgd"):
-            config = train.Config(**eval(sys.argv[1]), optimizer=optimizer)
+            config = train.Config(**eval(sys.argv[1]) | {"optimizer": optimizer})
             folder = train.train(config)
             train.train(config, folder)
         sys.exit("torch._dynamo" in sys.modules)
     """
-    settings = {"dataset": "synthetic", "images_per_class": 4, "validation_per_class": 2, "epochs": 1, "device": "cpu"}
-    command = [sys.executable, "-c", code, repr(settings | {"runs_dir": str(tmp_path)})]
+    settings = asdict(TINY) | {"images_per_class": 4, "epochs": 1, "runs_dir": str(tmp_path)}
+    command = [sys.executable, "-c", code, repr(settings)]
     subprocess.run(command, check=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ import train
 from augment import Batches
 from config import Config
 from model import ROWS, InvertedResidual
-from soak import rows
+from soak import rows, small_set, taken_for_official
 
 EVERYTHING = {  # the parts of a recipe that hold a state or draw random numbers
     "schedule": "cosine", "warmup_epochs": 1, "lr": 3e-3, "weight_decay": 0.05, "decay_norms": False, "ema": 0.9,
@@ -169,6 +170,25 @@ def test_resuming_equals_never_stopping(tiny: Config, recipe: dict) -> None:
     assert not same(state(other), state(whole))
 
 
+def test_a_signal_before_the_first_step_leaves_no_run(tiny: Config) -> None:
+    with pytest.raises(train.Stopped) as stopped:
+        train.train(tiny, stop=lambda: 15)
+    assert stopped.value.args == (15, None)
+    assert not Path(tiny.runs_dir).exists()
+
+
+def test_the_last_finished_run_is_the_one_that_is_graded(tiny: Config, tmp_path: Path) -> None:
+    """Also where another run has written its best weights since this one's best epoch."""
+    arrays = small_set()
+    np.savez(tmp_path / "cifar100.npz", **arrays)
+    settings = {"dataset": "cifar100", "data_dir": str(tmp_path), "validation_per_class": 1, "images_per_class": 0}
+    with taken_for_official(arrays):
+        folder = train.train(replace(tiny, **settings, epochs=1))
+        checkpoint.BEST.write_text("another run's")
+        train.train(checkpoint.run_config(folder, {}), folder)
+    assert checkpoint.BEST.read_bytes() == (folder / "best.pth").read_bytes()
+
+
 def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
     folder = train.train(replace(tiny, epochs=1))
     assert checkpoint.run_config(folder, {"epochs": 1}) == replace(tiny, epochs=1)
@@ -186,20 +206,13 @@ def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny: Config) -> None:
     folder = train.train(replace(tiny, epochs=1))
     good = (folder / "last.pth").read_bytes()
-    torch.manual_seed(0)
-    with pytest.raises(train.Diverged, match=r"epoch 2 at learning rate 1000"):
-        explode(folder, replace(tiny, optimizer="sgd", lr=1e3))
-    assert (folder / "last.pth").read_bytes() == good
-
-
-def explode(folder: Path, config: Config) -> None:
-    """Go on with a run at another learning rate, as resuming would refuse to."""
+    config = replace(tiny, optimizer="sgd", lr=1e3)
     run = train.Training(config, torch.device("cpu"))
     run.history = checkpoint.load(folder / "last.pth")["history"]
     images, validation = train.data.load_training(config)
-    for _ in range(3):
+    with pytest.raises(train.Diverged, match=r"epoch 2 at learning rate 1000"):
         train.finish_epoch(run, Batches(config, images), validation, lambda: 0, folder)
-        run.history.pop()
+    assert (folder / "last.pth").read_bytes() == good
 
 
 def test_a_step_reads_nothing_back(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

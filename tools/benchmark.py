@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as train.py does, before torch is imported
-
 import torch
 import torch.nn.functional as F
 
@@ -23,7 +21,7 @@ import data
 import evaluate
 import train
 from augment import Batches, normalise
-from config import Config
+from config import Config, OneLineParser
 from model import MobileNetV3
 
 ROUNDS = 3  # of each contender, in turn
@@ -228,7 +226,7 @@ def seconds(command: list[str]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
+    parser = OneLineParser(prog="python -m tools.benchmark", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,6 +1,5 @@
 """Compare runs: python -m tools.curves RUN [RUN ...] draws their loss and accuracy and prints a table."""
 
-import argparse
 import csv
 import json
 import statistics
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import checkpoint
-from config import changes, restore
+from config import OneLineParser, changes, restore
 
 # Told apart by colour-blind readers (Okabe and Ito, 2008); further runs differ by their markers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -118,16 +117,19 @@ def read(folder: Path) -> History:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.curves", description=__doc__)
+    parser = OneLineParser(prog="python -m tools.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--output", type=Path, default=Path("runs/curves.png"), help="[%(default)s]")
     arguments = parser.parse_args()
     try:
-        runs = {folder.name: read(folder) for folder in arguments.runs}
+        names = [folder.name for folder in arguments.runs]
+        names = names if len(set(names)) == len(names) else [str(folder) for folder in arguments.runs]
+        runs = {name: read(folder) for name, folder in zip(names, arguments.runs, strict=True)}
         heading = "validation (solid, best epoch marked) and train (dashed)"
         if len(runs) == 1:
             heading = title(json.loads((arguments.runs[0] / "config.json").read_text()), *runs.values())
         notes = [note(folder) for folder in arguments.runs]
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         draw(runs, heading, arguments.output)
     except (checkpoint.CheckpointError, OSError, TypeError, ValueError) as error:
         print(f"tools.curves: error: {error}", file=sys.stderr)

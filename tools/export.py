@@ -98,7 +98,7 @@ def check(run: Callable[[Tensor], Tensor], network: nn.Module, images: Tensor, w
     return result
 
 
-def export(path: Path, source: Path, data_dir: str = "data") -> str:
+def export(path: Path, source: Path, data_dir: str = Config.data_dir) -> str:
     """Write and check; returns what was written and checked; raises ExportError, CheckpointError."""
     if onnx := path.suffix.lower() == ".onnx":
         need_onnx()
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, help="to write: NAME.onnx or NAME.pt2")
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
-    parser.add_argument("--data_dir", default="data", help="folder of the data set")
+    parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
     arguments = parser.parse_args(argv)
     if arguments.file.suffix.lower() not in (".onnx", ".pt2"):
         parser.error(f"{arguments.file} must end in .onnx or .pt2")

@@ -90,7 +90,7 @@ def stages(network: nn.Module) -> list[tuple[str, str, int, int, int]]:
     return [*rows, ("total", "", *(sum(row[i] for row in rows) for i in (2, 3, 4)))]
 
 
-def build(path: Path, data_dir: str = "data") -> tuple[str, float]:
+def build(path: Path, data_dir: str = Config.data_dir) -> tuple[str, float]:
     """The page on a checkpoint, and its accuracy in percent; raises CheckpointError, DataError."""
     content = checkpoint.load(path)
     network, dataset = evaluate.load_network(content, path), content["config"]["dataset"]
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: the one that evaluate.py grades")
     parser.add_argument("--output", type=Path, default="report/index.html", help="[%(default)s]")
-    parser.add_argument("--data_dir", default="data", help="folder of the data set")
+    parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
     arguments = parser.parse_args(argv)
     try:
         page, accuracy = build(arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir)
