@@ -269,7 +269,7 @@ def announce(run: Training, images: int, folder: Path) -> None:
         threads, speed = torch.get_num_threads(), 300  # images/s a thread, on one machine
         small = min(epochs, max(0, config.small_share * config.epochs - len(run.history)))
         hours = images * (epochs - 0.4 * small) / (threads * speed) / 3600
-        print(f"No CUDA GPU in use: {epochs} epochs take about {hours:.1f} h on {threads} CPU threads")
+        print(f"No CUDA GPU in use: {epochs} epochs to go, about {hours:.1f} h on {threads} CPU threads")
     else:
         print(f"On {torch.cuda.get_device_name(device)}")
     print(f"Run folder: {folder}", flush=True)
@@ -320,7 +320,7 @@ def main(arguments: argparse.Namespace) -> int:
             print(checkpoint.summary(train(arguments.config, stop=stop)))
     except Stopped as stopped:
         number, folder = stopped.args
-        print(f"\nStopped. Go on with: python train.py --resume {folder}" if folder else "\nStopped before the start")
+        print(f"\nStopped. Go on with: python train.py --resume {folder}" if folder else "\nStopped before the first step")
         return 128 + number
     except (checkpoint.CheckpointError, data.DataError, DeviceError, Diverged, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
