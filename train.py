@@ -320,7 +320,7 @@ def main(arguments: argparse.Namespace) -> int:
             print(checkpoint.summary(train(arguments.config, stop=stop)))
     except Stopped as stopped:
         number, folder = stopped.args
-        print(f"\nStopped. Go on with: python train.py --resume {folder}" if folder else "\nStopped before the first step")
+        print(f"\nStopped. Go on with: python train.py --resume {folder}" if folder else "\nStopped before any step")
         return 128 + number
     except (checkpoint.CheckpointError, data.DataError, DeviceError, Diverged, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
