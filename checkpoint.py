@@ -198,11 +198,16 @@ def save_epoch(
     }
     if best is not None:
         save(folder / "best.pth", common | {"weights": best})
-        if config.dataset != "synthetic":
-            BEST.parent.mkdir(exist_ok=True)
-            save(BEST, common | {"weights": best})
+        offer(folder, config)
     save(folder / "last.pth", common | {"state": state, "history": history})
     write_log(folder, history)
+
+
+def offer(folder: Path, config: Config) -> None:
+    """Make a run's best weights those that are graded next; of a synthetic run, nothing."""
+    if config.dataset != "synthetic":
+        BEST.parent.mkdir(exist_ok=True)
+        write_whole(BEST, lambda file: file.write((folder / "best.pth").read_bytes()))
 
 
 def write_log(folder: Path, history: list[dict[str, Any]]) -> None:

@@ -219,8 +219,7 @@ def train(config: Config, folder: Path | None = None, stop: Callable[[], int] = 
                 drawn = time.monotonic()
         checkpoint.write_log(folder, run.history)
         draw_curves(run, folder)
-        if config.dataset != "synthetic":  # another run may have written its own there meanwhile
-            checkpoint.write_whole(checkpoint.BEST, lambda file: file.write((folder / "best.pth").read_bytes()))
+        checkpoint.offer(folder, config)  # another run may have offered its own meanwhile
     return folder
 
 
