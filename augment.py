@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from config import Config
-from data import CLASSES, MEAN, STD, Images
+from data import MEAN, STD, Images
+from model import CLASSES
 
 SIDE = 32  # pixels
 SMALL_SIDE = 24  # an epoch of such images takes 0.6 of the time

@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from config import Config, restore
+from config import MACHINE, Config, restore
 
 FORMAT = 1
 BEST = Path("checkpoints/best.pth")
@@ -44,7 +44,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
     """Write a dict of tensors, numbers, strings, lists and dicts, with format number and digest."""
     content = {"format": FORMAT, **content}
     content["digest"] = digest(content)
-    write_whole(path, lambda file: torch.save(content, file))
+    archive = io.BytesIO()  # torch.save's writer would hide why a file cannot be written
+    torch.save(content, archive)
+    write_whole(path, lambda file: file.write(archive.getbuffer()))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -109,9 +111,9 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        if not isinstance(error, OSError | RuntimeError):  # torch.save's writer turns a full disk into a RuntimeError
+        if not isinstance(error, OSError):
             raise
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        reason = error.strerror or str(error).split("\n")[0]
         raise CheckpointError(
             f"{path} cannot be written: {reason}. Stopped; the files before it are whole. Make room or mend the "
             "folder, then run again (a training run with --resume)"
@@ -153,12 +155,16 @@ def new_run(config: Config) -> Path:
 
 
 def run_config(folder: Path, given: dict[str, Any]) -> Config:
-    """The settings of the run in `folder`; raises CheckpointError, also where a given setting says otherwise."""
+    """The settings of the run in `folder`, on the given machine's device, threads and data_dir.
+
+    Raises CheckpointError, also where another given setting differs from the run's.
+    """
     try:
         if (folder / "last.pth").exists():
             config = restore(load(folder / "last.pth")["config"])
         else:
             config = restore(json.loads((folder / "config.json").read_text()))
+        config = replace(config, **{name: given[name] for name in MACHINE & given.keys()})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder} is no run that can go on: {error}") from error
     stored = asdict(config)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 # Read when torch is imported: this module comes first in every program. OpenMP's threads else spin so long that a
@@ -102,7 +103,7 @@ def check_value(f: Field, value: Any) -> None:
         raise ValueError(f"{f.name} must not be empty")
 
 
-# The published experiments: AdamW, learning rate 1e-2; batch size, weight decay (published for result5 only), no
+# The experiments of the report: AdamW, learning rate 1e-2; batch size, weight decay (given for result5 only), no
 # augmentation and the place of the dropout are assumed. A set fixes every field of the recipe.
 REPORT: dict[str, Any] = {
     "epochs": 100, "batch_size": 128, "optimizer": "adamw", "lr": 1e-2, "weight_decay": 1e-4, "decay_norms": True,
@@ -126,7 +127,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "result6": REPORT | {"lr_step": 38, "lr_gamma": 0.5, "epochs": 130},
     "scratch": SCRATCH,
 }
-# Published accuracy, on a validation file that was not published; result3's and result4's of the last epoch.
+# Claimed accuracy, on a validation file that was not published; result3's and result4's of the last epoch.
 CLAIMED = {
     "result1": "83.35 %",
     "result2": "84.13 %",
@@ -135,6 +136,9 @@ CLAIMED = {
     "result5": "85.62 %",
     "result6": "86.95 %",
 }
+
+
+MACHINE = {"device", "threads", "data_dir"}  # settings that a resumed run may change
 
 
 def changes(config: Config) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def describe_sets(shipped: dict[str, Any]) -> str:
         differences = {f.name: recipe[f.name] for f in fields(Config) if recipe.get(f.name, f.default) != f.default}
         lines.append(f"{name}: {', '.join(f'{key}={value}' for key, value in differences.items()) or 'the defaults'}")
         if name in CLAIMED:
-            lines.append(f"    published, on a validation file that was not: {CLAIMED[name]}")
+            lines.append(f"    claimed, on a validation file that was not published: {CLAIMED[name]}")
         if shipped["config"]["experiment"] == name and recipe.items() <= shipped["config"].items():
             lines.append(f"    measured on the official test set: {shipped['test']['accuracy']:.2f} %")
     return "\n".join(lines)
@@ -180,8 +184,12 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
     )
-    parser.add_argument("--resume", metavar="RUN_FOLDER", help="continue a run after its last finished epoch")
-    parser.add_argument("--publish", metavar="RUN_FOLDER", help="grade a finished run once and ship its best weights")
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN_FOLDER", help="continue a run after its last finished epoch"
+    )
+    parser.add_argument(
+        "--publish", type=Path, metavar="RUN_FOLDER", help="grade a finished run once and ship its best weights"
+    )
     parser.add_argument("--list", action="store_true", help="list the named sets and their figures")
     parser.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="train N seeds in turn, print mean and spread"
@@ -206,8 +214,9 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     if sum(map(bool, actions)) > 1 or (given and (arguments.list or arguments.publish)):
         parser.error("--list and --publish take no other flag, --resume no --seeds")
     try:
-        # A resumed run brings its own settings: the given ones are only compared with them.
-        config = Config(**({} if arguments.resume else EXPERIMENTS.get(given.get("experiment", ""), {}) | given))
+        # A resumed run brings its own settings: those given are compared with them, but for the machine's.
+        base = EXPERIMENTS.get(given.get("experiment", ""), {})
+        config = Config(**({k: given[k] for k in MACHINE & given.keys()} if arguments.resume else base | given))
         replace(config, seed=config.seed + max(0, arguments.seeds - 1))
     except ValueError as error:
         parser.error(str(error))

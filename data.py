@@ -11,8 +11,8 @@ from torch import Tensor
 
 import checkpoint
 from config import Config
+from model import CLASSES
 
-CLASSES = 100
 SHAPES = {
     "train_images": (50_000, 32, 32, 3),
     "train_labels": (50_000,),
@@ -27,7 +27,7 @@ SHA256 = {  # of the image arrays' bytes, sorted by label, within a label in the
 MEAN = (0.5070751592, 0.4865488733, 0.4409178434)
 STD = (0.2673342859, 0.2564384629, 0.2761504713)
 SPLIT_SEED = 100  # fixed, so that all runs are compared on the same validation images
-SYNTHETIC_PER_CLASS = {"train": 200, "test": 20}
+SYNTHETIC = {"train": {"per_class": 200, "seed": 5}, "test": {"per_class": 20, "seed": 4}}
 
 
 class DataError(Exception):
@@ -61,7 +61,7 @@ def load_test(config: Config) -> Images:
 def load(config: Config, source: str, per_class: int = 0) -> Images:
     """All "train" or "test" images of the configured set; of the synthetic set only so many a class as asked for."""
     if config.dataset == "synthetic":
-        return Images(*synthetic(per_class or SYNTHETIC_PER_CLASS[source], seed=len(source)))
+        return Images(*synthetic(**SYNTHETIC[source] | ({"per_class": per_class} if per_class else {})))
     path = Path(config.data_dir) / "cifar100.npz"
     if not path.exists():
         build(path)

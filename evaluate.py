@@ -61,7 +61,7 @@ def folded(network: nn.Module) -> nn.Module:
 def measure(network: nn.Module) -> tuple[int, float]:
     """thop's operations for one 3x32x32 image, and kB (1024 bytes) of parameters and buffers after it has run.
 
-    thop adds two float64 counters to each module it has no rule for (33 here, 0.516 kB), and the published size
+    thop adds two float64 counters to each module it has no rule for (33 here, 0.516 kB), and the claimed size
     counts them; it works on a copy, so that they stay off the caller's network.
     """
     probe = copy.deepcopy(network).eval()
@@ -126,7 +126,7 @@ def grade(
 
 
 def report(result: dict[str, Any]) -> str:
-    """What was graded, and the grade: its last three lines are the published ones."""
+    """What was graded, and the grade: its last three lines are those of the claim."""
     return (
         "Graded {checkpoint} (experiment {experiment}, epoch {epoch}, {date}) on {images} {dataset} test images\n"
         "Top-5 accuracy = {top5:.2f} %, loss = {loss:.4f}, {seconds:.1f} s\n"
@@ -160,7 +160,7 @@ def publish(run: Path) -> dict[str, Any]:
 
 
 def choice() -> dict[str, float]:
-    """What `scratch` was chosen by: the validation accuracy in % that each logged comparison ended with."""
+    """The validation accuracy in % that each comparison logged by now ended with: what `scratch` is chosen by."""
     figures = {}
     for path in sorted(Path("docs/logs").glob("ablation-*.csv")):
         with path.open() as file:
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         path = arguments.checkpoint or default_checkpoint()
         result = grade(path, arguments.device, arguments.data_dir, arguments.batch_size)
-    except (checkpoint.CheckpointError, data.DataError, DeviceError) as error:
+    except (checkpoint.CheckpointError, data.DataError, DeviceError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result) if arguments.json else report(result))

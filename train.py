@@ -308,11 +308,11 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.list:
             print(describe_sets(checkpoint.load(checkpoint.PUBLISHED)))
         elif arguments.publish:
-            grade = report(publish(Path(arguments.publish)))
+            grade = report(publish(arguments.publish))
             print("README.md must give this accuracy: the tests compare them", grade, sep="\n")
         elif arguments.resume:
-            folder = Path(arguments.resume)
-            print(checkpoint.summary(train(checkpoint.run_config(folder, arguments.given), folder, stop)))
+            config = checkpoint.run_config(arguments.resume, arguments.given)
+            print(checkpoint.summary(train(config, arguments.resume, stop)))
         elif arguments.seeds > 1:
             train_seeds(arguments.config, arguments.seeds, stop)
         else:

@@ -114,6 +114,15 @@ def kill(count: int, seed: int, bound: float = 1500) -> tuple[int, int, int]:
     return killed, early, identical
 
 
+class Bomb:
+    """Code that runs where it is unpickled."""
+
+    exploded = False
+
+    def __reduce__(self) -> tuple:
+        return setattr, (Bomb, "exploded", True)
+
+
 def damages(rng: random.Random) -> dict[str, Callable[[Path], Any]]:
     """Ways to damage a file."""
 

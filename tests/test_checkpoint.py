@@ -1,6 +1,5 @@
 """Checkpoints: what is written comes back, what is damaged or hostile does not."""
 
-import os
 import random
 import zipfile
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 import checkpoint
+import soak
 
 CONTENT = {
     "weights": {"a": torch.arange(600.0).view(20, 30), "b": torch.tensor(3)},
@@ -66,19 +66,12 @@ def test_a_truncated_file_is_refused(path: Path) -> None:
             checkpoint.load(path)
 
 
-class Bomb:
-    exploded = False
-
-    def __reduce__(self) -> tuple:
-        return setattr, (Bomb, "exploded", True)
-
-
 def test_code_in_a_checkpoint_does_not_run(path: Path) -> None:
-    torch.save({"format": 1, "weights": Bomb(), "digest": ""}, path)
+    torch.save({"format": 1, "weights": soak.Bomb(), "digest": ""}, path)
     with pytest.raises(checkpoint.CheckpointError, match="more than plain data") as caught:
         checkpoint.load(path)
     assert "\n" not in str(caught.value)
-    assert not Bomb.exploded
+    assert not soak.Bomb.exploded
 
 
 def test_other_files_are_refused(path: Path) -> None:
@@ -98,14 +91,15 @@ def test_other_files_are_refused(path: Path) -> None:
         checkpoint.load(path)
 
 
-def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = path.read_bytes()
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(checkpoint.CheckpointError, match=r"some.pth cannot be written: No space left on device"):
-        checkpoint.save(path, {"weights": {}})
+def test_a_failed_write_leaves_the_old_file(path: Path) -> None:
+    """The system refuses the file's 100th byte, as it does on a full disk."""
+    resource = pytest.importorskip("resource")
+    good, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (99, limits[1]))
+        with pytest.raises(checkpoint.CheckpointError, match=r"some.pth cannot be written: File too large. Stopped"):
+            checkpoint.save(path, {"weights": {}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == good
     assert list(path.parent.iterdir()) == [path]

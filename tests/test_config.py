@@ -76,6 +76,11 @@ def test_a_resumed_runs_settings_are_not_checked_against_the_defaults() -> None:
     assert arguments.given == {"lr_step": 38}
 
 
+def test_a_folder_that_a_shell_variable_left_empty_is_no_training() -> None:
+    assert parse_command_line(["--resume", ""]).resume is not None
+    assert parse_command_line(["--publish", ""]).publish is not None
+
+
 def test_flags_override_a_named_set() -> None:
     arguments = parse_command_line(["--experiment", "result6", "--epochs", "3", "--flip"])
     assert arguments.config == Config(**(EXPERIMENTS["result6"] | {"experiment": "result6", "epochs": 3, "flip": True}))
@@ -95,6 +100,7 @@ def test_flags_override_a_named_set() -> None:
         ["--schedule", "cosine", "--lr_step", "4"],
         ["--seeds", "2", "--validation_per_class", "0"],
         ["--resume", "runs/x", "--seeds", "2"],
+        ["--resume", "runs/x", "--device", "tpu"],
         ["--publish", "runs/x", "--epochs", "3"],
         ["--seed", "1000000", "--seeds", "2"],
     ],

@@ -44,8 +44,8 @@ def test_another_versions_settings_are_named(tmp_path: Path) -> None:
     stored = asdict(Config())
     del stored["small_share"]
     (folder / "config.json").write_text(json.dumps(stored))
-    assert curves.note(folder).startswith("old was written by another version")
-    assert curves.note(folder).endswith("small_share")
+    assert curves.note(folder).startswith("old: settings unknown (written by another version")
+    assert curves.note(folder).endswith("small_share)")
 
 
 def test_only_steps_of_the_learning_rate_are_marked() -> None:

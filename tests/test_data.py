@@ -105,7 +105,7 @@ def damage_flip(path: Path) -> None:
 
 def damage_pickle(path: Path) -> None:
     """An object array whose unpickling would run code."""
-    np.savez(path, train_images=np.array([Bomb()], dtype=object), train_labels=np.zeros(1))
+    np.savez(path, train_images=np.array([soak.Bomb()], dtype=object), train_labels=np.zeros(1))
 
 
 def damage_shape(path: Path) -> None:
@@ -136,13 +136,6 @@ def damage_swap(path: Path) -> None:
     np.savez(path, **arrays)
 
 
-class Bomb:
-    exploded = False
-
-    def __reduce__(self) -> tuple:
-        return setattr, (Bomb, "exploded", True)
-
-
 @pytest.mark.parametrize(
     "damage",
     [damage_truncate, damage_flip, damage_pickle, damage_shape, damage_bomb, damage_empty, damage_folder, damage_swap],
@@ -155,7 +148,7 @@ def test_a_damaged_file_is_refused(small: Arrays, damage, tmp_path: Path) -> Non
     with pytest.raises(data.DataError, match=r"cifar100.npz is damaged.*Delete it") as caught:
         data.read(path, "train")
     assert "\n" not in str(caught.value)
-    assert not Bomb.exploded
+    assert not soak.Bomb.exploded
 
 
 def test_split_is_balanced_disjoint_and_always_the_same() -> None:

@@ -10,7 +10,6 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -194,6 +193,8 @@ def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
     assert checkpoint.run_config(folder, {"epochs": 1}) == replace(tiny, epochs=1)
     with pytest.raises(checkpoint.CheckpointError, match=r"epochs 1 \(now 5\), lr 0.2 \(now 0.1\)"):
         checkpoint.run_config(folder, {"epochs": 5, "lr": 0.1})
+    moved = checkpoint.run_config(folder, {"device": "auto", "threads": 2, "data_dir": "elsewhere"})
+    assert moved == replace(tiny, epochs=1, device="auto", threads=2, data_dir="elsewhere")
     content = checkpoint.load(folder / "last.pth")
     del content["config"]["small_share"]
     checkpoint.save(folder / "last.pth", content)
@@ -253,28 +254,42 @@ def test_a_cuda_step_never_synchronises(tiny: Config) -> None:
     assert sums.isfinite().all()
 
 
-@pytest.fixture
-def program(tmp_path: Path) -> Iterator[list[str]]:
-    """The command of a synthetic run that lasts long enough to be interrupted."""
-    yield [
-        sys.executable, "train.py", "--dataset", "synthetic", "--epochs", "50", "--images_per_class", "8",
-        "--validation_per_class", "3", "--batch_size", "64", "--threads", "1", "--device", "cpu",
-        "--runs_dir", str(tmp_path),
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_within_a_step_and_give_the_command(program: list[str], tmp_path: Path, number: int) -> None:
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("*/last.pth")):
+def test_signals_stop_within_a_step_and_give_the_command(tmp_path: Path, number: int) -> None:
+    """An epoch of this run has 234 steps and takes half a minute at least."""
+    command = [
+        sys.executable, "train.py", "--dataset", "synthetic", "--epochs", "2", "--validation_per_class", "50",
+        "--batch_size", "64", "--small_share", "0", "--threads", "1", "--device", "cpu", "--runs_dir", str(tmp_path),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("*/config.json")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(number)
     start = time.monotonic()
     printed, errors = process.communicate(timeout=60)
     assert time.monotonic() - start < 10  # a step takes about 0.2 s
+    assert "Train Loss" not in printed, "it went on to the end of the epoch"
     assert process.returncode == 128 + number
     (folder,) = tmp_path.iterdir()
     assert printed.splitlines()[-1].endswith(f"python train.py --resume {folder}")
     assert errors == "", "no bar where the output is no terminal"
-    assert len(rows(folder)) < 50
+    assert not (folder / "log.csv").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_what_is_no_step(number: int) -> None:
+    """As a download is none: nobody asks there whether to stop."""
+    code = (
+        "import time, train\n"
+        "def wait(*arguments, **more):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
+        "train.train = wait\n"
+        "train.main(train.parse_command_line([]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)  # the first one only asks
+    process.send_signal(number)
+    assert process.wait(timeout=20) == -number

@@ -29,10 +29,12 @@ ROUNDS = 3  # of each contender, in turn
 LIKE = Config(trivial_augment=0.0, small_share=0.0)
 START = """
 import config, train
+asked = iter((0, 1))  # before the run, and after the first step
 try:
-    train.train(config.Config(runs_dir={folder!r}), stop=lambda: 1)
-except train.Stopped:  # after the first step
-    raise SystemExit(0)
+    train.train(config.Config(runs_dir={folder!r}), stop=lambda: next(asked))
+except train.Stopped as stopped:
+    number, run = stopped.args
+    raise SystemExit(0 if run else 1)
 raise SystemExit(1)
 """
 
@@ -152,7 +154,7 @@ def memory() -> float:
 
 def peak() -> float:
     """Most memory that this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def grading() -> dict[str, float]:
@@ -181,7 +183,8 @@ def grading() -> dict[str, float]:
 def growth(images_per_class: int, epochs: int) -> dict[str, float]:
     """One short training of the program's own loop: images trained on, seconds and peak memory."""
     evaluate.keep_freed_memory()
-    config = replace(LIKE, images_per_class=images_per_class + 50, epochs=epochs, device="cpu")
+    kept = images_per_class + LIKE.validation_per_class
+    config = replace(LIKE, images_per_class=kept, epochs=epochs, device="cpu")
     run, batches = train.Training(config, torch.device("cpu")), Batches(config, data.load_training(config)[0])
     start = time.perf_counter()
     for _ in range(epochs):

@@ -99,7 +99,7 @@ def note(folder: Path) -> str:
     try:
         differences = changes(restore(json.loads((folder / "config.json").read_text())))
     except ValueError as error:
-        return f"{folder.name} was {error}"
+        return f"{folder.name}: settings unknown ({error})"
     return f"{folder.name} changed {', '.join(f'{k}={v}' for k, v in differences.items()) or 'nothing'}"
 
 

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # torch.export's chatter; errors are printed
     try:
         print(export(arguments.file, arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir))
-    except (ExportError, checkpoint.CheckpointError) as error:
+    except (ExportError, checkpoint.CheckpointError, OSError) as error:
         print(f"tools.export: error: {error}", file=sys.stderr)
         return 1
     return 0

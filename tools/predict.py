@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         network, about, names = open_checkpoint(arguments.checkpoint or evaluate.default_checkpoint())
-    except checkpoint.CheckpointError as error:
+    except (checkpoint.CheckpointError, OSError) as error:
         print(f"tools.predict: error: {error}", file=sys.stderr)
         return 1
     if not arguments.json:
