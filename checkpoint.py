@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ def load(path: Path) -> dict[str, Any]:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to open it all the same
             reason = "it is damaged, or holds more than plain data"
-        raise CheckpointError(f"{path} cannot be used: {reason}. Delete it, or take an undamaged copy") from error
+        raise CheckpointError(f"{path} cannot be used: {reason}. Give another one, or an undamaged copy") from error
     return content
 
 
@@ -161,11 +162,14 @@ def run_config(folder: Path, given: dict[str, Any]) -> Config:
     """
     try:
         if (folder / "last.pth").exists():
-            config = restore(load(folder / "last.pth")["config"])
+            content = load(folder / "last.pth")
+            if not {"state", "history"} <= content.keys():
+                raise ValueError("its last.pth is not what a run writes under that name")
+            config = restore(content["config"])
         else:
             config = restore(json.loads((folder / "config.json").read_text()))
         config = replace(config, **{name: given[name] for name in MACHINE & given.keys()})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder} is no run that can go on: {error}") from error
     stored = asdict(config)
     differing = [f"{name} {stored[name]} (now {value})" for name, value in given.items() if stored[name] != value]
@@ -178,12 +182,13 @@ def summary(folder: Path) -> str:
     """What a finished run gave, where it is, and what to type next."""
     best = load(folder / "best.pth")
     accuracy = best["metrics"]["validation_accuracy"]
-    elsewhere = f" --data_dir {best['config']['data_dir']}" * (best["config"]["data_dir"] != Config.data_dir)
+    data_dir = best["config"]["data_dir"]
+    elsewhere = f" --data_dir {shlex.quote(data_dir)}" * (data_dir != Config.data_dir)
     validated = "the last, without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
     return (
         f"Best epoch: {best['epoch']} of {best['config']['epochs']} ({validated})\n"
         f"Log, curves and checkpoints: {folder}\n"
-        f"Grade it: python evaluate.py --checkpoint {folder / 'best.pth'}{elsewhere}"
+        f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}{elsewhere}"
     )
 
 
@@ -193,7 +198,7 @@ def save_epoch(
     """Write last.pth, log.csv and, from the weights `best`, best.pth (on real data also for the next grading).
 
     last.pth, from which a run goes on, comes after best.pth: a run killed between them repeats the epoch and
-    writes the same best.pth again.
+    writes the same best.pth again. What lies outside of the run's folder is written last.
     """
     common = {
         "config": asdict(config),
@@ -204,9 +209,10 @@ def save_epoch(
     }
     if best is not None:
         save(folder / "best.pth", common | {"weights": best})
-        offer(folder, config)
     save(folder / "last.pth", common | {"state": state, "history": history})
     write_log(folder, history)
+    if best is not None:
+        offer(folder, config)
 
 
 def offer(folder: Path, config: Config) -> None:

@@ -7,11 +7,23 @@ import re
 import sys
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 # Read when torch is imported: this module comes first in every program. OpenMP's threads else spin so long that a
 # step takes seconds on cores shared with one other busy process; on idle cores the difference is within the noise.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own traceback, but none after Ctrl-C or where a pipe's reader has gone (`| head`)."""
+    if issubclass(kind, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at the end
+    elif not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = show_error  # here, as the imports that follow take seconds
 
 
 def setting(

@@ -92,6 +92,8 @@ def read(path: Path, source: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names}
         check(arrays)
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
     except (OSError, EOFError, ValueError, KeyError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is damaged: {one_line(error)}. Delete it and run again to build it anew.") from error
     return arrays
@@ -119,6 +121,8 @@ def build(path: Path) -> None:
         with checkpoint.locked(folder, wait=True):
             if path.exists():  # built by another process meanwhile
                 return
+            for left in folder.glob(f".{path.name}.*.part"):  # of a killed process
+                left.unlink()
             for source in ("train", "test"):
                 official = CIFAR100(folder, train=source == "train", download=True)
                 labels = np.asarray(official.targets, dtype=np.uint8)
@@ -162,8 +166,9 @@ def synthetic(per_class: int, seed: int) -> tuple[Tensor, Tensor]:
     dark = torch.where((bright - dark).abs() < 0.3, (bright + 0.5) % 1, dark)
     figure = torch.where(texture.unsqueeze(1), bright, dark)
     images = torch.where(shape.unsqueeze(1), figure, ground)
-    images = images + 0.05 * torch.randn(images.shape, generator=generator)
-    return (images.clamp(0, 1) * 255).to(torch.uint8, memory_format=torch.channels_last), labels
+    del figure  # as large as the images: in place from here on, for the memory
+    images.add_(torch.randn(images.shape, generator=generator).mul_(0.05))
+    return images.clamp_(0, 1).mul_(255).to(torch.uint8, memory_format=torch.channels_last), labels
 
 
 def inside_shape(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
@@ -182,7 +187,7 @@ def inside_shape(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
         (x.abs() < 1.1) & (y.abs() < 0.4),  # bar
         (radius < 1) & (y > 0) | (square < 0.35),  # bowl with a dot
     )
-    return torch.stack(torch.broadcast_tensors(*shapes)).gather(0, kind.expand_as(radius).unsqueeze(0)).squeeze(0)
+    return choose(shapes, kind)
 
 
 def stripes(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
@@ -192,17 +197,24 @@ def stripes(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
     def wave(u: Tensor, period: float) -> Tensor:
         return (u / period) % 1 < 0.5
 
-    one = torch.ones_like(x + y, dtype=torch.bool)
     textures = (
-        one,
-        wave(x, fine) & one,
-        wave(y, fine) & one,
+        torch.ones_like(kind, dtype=torch.bool),
+        wave(x, fine),
+        wave(y, fine),
         wave(x + y, coarse * 0.7),
         wave(x + y, coarse * 0.7) ^ wave(x - y, coarse * 0.7),  # as all here, no other's mirror image
-        wave(x, coarse) & one,
-        wave(y, coarse) & one,
+        wave(x, coarse),
+        wave(y, coarse),
         wave(x, coarse) ^ wave(y, coarse),
         wave(x, fine) & wave(y, fine),
         wave(x, fine) ^ wave(y, fine),
     )
-    return torch.stack(textures).gather(0, kind.expand_as(one).unsqueeze(0)).squeeze(0)
+    return choose(textures, kind)
+
+
+def choose(planes: tuple[Tensor, ...], kind: Tensor) -> Tensor:
+    """Of several planes (N, H, W) the one at place `kind` (N, 1, 1), image by image."""
+    result = planes[0]
+    for place, plane in enumerate(planes[1:], start=1):
+        result = torch.where(kind == place, plane, result)
+    return result

@@ -4,6 +4,7 @@ import copy
 import csv
 import ctypes
 import json
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -15,7 +16,7 @@ from config import Config, OneLineParser  # before torch, see there
 import thop
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import checkpoint
@@ -40,13 +41,19 @@ class Scores(NamedTuple):
 
 def evaluate(network: nn.Module, images: data.Images, batch: int = BATCH) -> Scores:
     """Score a network in eval mode on uint8 images that lie on its device, in float32 without TF32."""
-    network = folded(network)
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        logits = torch.cat([network(normalise(part)) for part in images.images.split(batch)])
-        loss = F.cross_entropy(logits, images.labels)
-        hits = logits.topk(5).indices == images.labels[:, None]
-        shares = 100 * torch.stack([hits[:, 0], hits.any(1)]).double().mean(1)
+    outputs = logits(network, images.images, batch)
+    loss = F.cross_entropy(outputs, images.labels)
+    hits = outputs.topk(5).indices == images.labels[:, None]
+    shares = 100 * torch.stack([hits[:, 0], hits.any(1)]).double().mean(1)
     return Scores(loss.item(), *shares.tolist())
+
+
+@torch.inference_mode()
+def logits(network: nn.Module, images: Tensor, batch: int = BATCH) -> Tensor:
+    """What a network in eval mode says of uint8 (N, 3, 32, 32) on its device, (N, 100), in float32 without TF32."""
+    network = folded(network)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return torch.cat([network(normalise(part)) for part in images.split(batch)])
 
 
 def folded(network: nn.Module) -> nn.Module:
@@ -67,8 +74,12 @@ def measure(network: nn.Module) -> tuple[int, float]:
     probe = copy.deepcopy(network).eval()
     image = torch.zeros(1, 3, 32, 32, device=next(probe.parameters()).device)
     operations, _ = thop.profile(probe, (image,), verbose=False)
-    tensors = [*probe.parameters(), *probe.buffers()]
-    return int(operations), sum(t.numel() * t.element_size() for t in tensors) / 1024
+    return int(operations), size(probe) / 1024
+
+
+def size(network: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()])
 
 
 def load_network(content: dict[str, Any], path: Path) -> nn.Module:
@@ -144,7 +155,7 @@ def publish(run: Path) -> dict[str, Any]:
     if last["epoch"] < last["config"]["epochs"]:
         raise checkpoint.CheckpointError(
             f"{run} has finished {last['epoch']} of {last['config']['epochs']} epochs. "
-            f"First finish it: python train.py --resume {run}"
+            f"First finish it: python train.py --resume {shlex.quote(str(run))}"
         )
     chosen_by = choice() if best["config"]["experiment"] == "scratch" else {}
     result = grade(run / "best.pth", data_dir=best["config"]["data_dir"])
@@ -160,7 +171,7 @@ def publish(run: Path) -> dict[str, Any]:
 
 
 def choice() -> dict[str, float]:
-    """The validation accuracy in % that each comparison logged by now ended with: what `scratch` is chosen by."""
+    """The validation accuracy in % that each comparison of the README's table ended with, of those logged by now."""
     figures = {}
     for path in sorted(Path("docs/logs").glob("ablation-*.csv")):
         with path.open() as file:

@@ -9,6 +9,7 @@ import argparse
 import inspect
 import math
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -153,7 +154,7 @@ def train_epoch(run: Training, batches: Batches, stop: Callable[[], int]) -> tup
     generator = torch.Generator(run.device).manual_seed(seed)
     order = torch.randperm(count, device=run.device, generator=generator)
     order = order[: count // size * size].split(size)
-    small = epoch < int(run.config.small_share * run.config.epochs)
+    small = epoch < int(run.config.small_share * run.config.epochs + 1e-9)  # 0.29 * 100 is a little below 29
     sums = torch.zeros(2, device=run.device)
     run.network.train()
     read = time.monotonic()
@@ -297,6 +298,7 @@ def main(arguments: argparse.Namespace) -> int:
     def note(number: int, frame: object) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends a download, or whatever is no step, at once
+        os.write(2, b"\nStopping after this step; once more to stop at once\n")  # print may be what was interrupted
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
@@ -319,7 +321,8 @@ def main(arguments: argparse.Namespace) -> int:
             print(checkpoint.summary(train(arguments.config, stop=stop)))
     except Stopped as stopped:
         number, folder = stopped.args
-        print(f"\nStopped. Go on with: python train.py --resume {folder}" if folder else "\nStopped before any step")
+        again = folder and f"Go on with: python train.py --resume {shlex.quote(str(folder))}"
+        print(f"\nStopped. {again}" if again else "\nStopped before any step")
         return 128 + number
     except (checkpoint.CheckpointError, data.DataError, DeviceError, Diverged, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)

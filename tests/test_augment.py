@@ -121,6 +121,23 @@ def test_trivial_augment_changes_its_share_per_sample(images: Tensor) -> None:
     )
 
 
+def test_trivial_augment_stays_in_range_and_goes_both_ways(images: Tensor) -> None:
+    """Thirty times each operation: brightness, the seventh, both lower and higher than the image's own."""
+    result = augment.trivial_augment(images[:1].expand(30 * len(augment.OPERATIONS), -1, -1, -1), 1.0, seeded())
+    assert result.min() == 0 and result.max() == 255
+    brightness = result[6 * 30 : 7 * 30].mean((1, 2, 3)) / images[0].float().mean()
+    assert brightness.min() < 0.8 and brightness.max() > 1.1
+
+
+@pytest.mark.parametrize(("flip", "reflect"), [(True, False), (False, True)])
+def test_batches_are_cropped_as_the_settings_say(images: Tensor, flip: bool, reflect: bool) -> None:
+    index = torch.arange(100)
+    config = replace(PLAIN, crop_padding=4, flip=flip, crop_reflect=reflect)
+    given, _ = augment.Batches(config, data.Images(images, index))(index, seeded())
+    expected = augment.crop_and_flip(augment.pixel_table(images), index, 4, reflect, flip, seeded())
+    assert torch.equal(given, augment.normalise(expected))
+
+
 def test_batches_follow_from_the_generator(images: Tensor) -> None:
     train, index = data.Images(images, torch.arange(100)), torch.arange(99, -1, -1)
     batches = augment.Batches(replace(PLAIN, flip=True, crop_padding=4, trivial_augment=0.5, cutout=8), train)

@@ -1,5 +1,6 @@
 """Settings: types, ranges, named sets and the command line."""
 
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -132,3 +133,16 @@ def test_help_names_every_setting_and_does_not_import_torch() -> None:
     imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
     assert "argparse" in imported
     assert "torch" not in imported
+
+
+def test_an_interrupted_program_shows_no_traceback() -> None:
+    """Nor one whose reader has gone; anything else does."""
+    for code, ending, errors in (
+        ("raise KeyboardInterrupt", -signal.SIGINT, ""),
+        ("raise ValueError(2)", 1, "ValueError: 2\n"),
+    ):
+        done = subprocess.run([sys.executable, "-c", f"import config; {code}"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr[-14:]) == (ending, errors)
+    command = f"{sys.executable} -c 'import config; [print(i, flush=True) for i in range(100000)]' | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")

@@ -17,20 +17,19 @@ def write_run(folder: Path, config: Config, accuracies: list[float | None]) -> P
     """A run folder of as many epochs as there are validation accuracies."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(asdict(config)))
-    rows = [
-        dict.fromkeys(checkpoint.COLUMNS, 1.0) | {"epoch": epoch, "train_accuracy": 50.0, "validation_accuracy": value}
-        for epoch, value in enumerate(accuracies, start=1)
-    ]
+    rows = []
+    for epoch, value in enumerate(accuracies, start=1):
+        row = dict.fromkeys(checkpoint.COLUMNS, 1.0) | {"epoch": epoch, "train_accuracy": 50.0}
+        rows.append(row | {"validation_loss": value and 1.0, "validation_accuracy": value})
     checkpoint.write_log(folder, rows)
     return folder
 
 
-def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     a = write_run(tmp_path / "a", Config(), [10.0, 30.0, 20.0])
     b = write_run(tmp_path / "b", replace(Config(), epochs=7), [None, None])
     picture = tmp_path / "curves.png"
-    monkeypatch.setattr("sys.argv", ["curves", str(a), str(b), "--output", str(picture)])
-    assert curves.main() == 0
+    assert curves.main([str(a), str(b), "--output", str(picture)]) == 0
     _, first, second, *notes = capsys.readouterr().out.splitlines()
     assert first.split() == ["a", "3", "2", "30.00", "50.00", "20.00", "1"]
     assert second.split() == ["b", "2", "2", "-", "50.00", "-", "1"]
@@ -57,8 +56,21 @@ def test_only_steps_of_the_learning_rate_are_marked() -> None:
         assert [line.get_xdata()[0] for line in axes.lines] == marked
 
 
-def test_a_folder_without_a_log_is_one_line(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr("sys.argv", ["curves", str(tmp_path)])
-    assert curves.main() == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "log.csv" in line
+def test_a_folder_that_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """No log, a cut one, empty cells, no settings."""
+
+    def error(folder: Path) -> str:
+        assert curves.main([str(folder), "--output", str(tmp_path / "curves.png")]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "no log.csv" in error(tmp_path)
+    log = write_run(tmp_path / "a", Config(), [10.0, 30.0]) / "log.csv"
+    whole = log.read_text()
+    for damaged in (whole.rpartition(",1.0,")[0], whole.replace("50.0", "", 1), whole.replace("30.0", "")):
+        log.write_text(damaged)
+        assert error(log.parent).endswith("cells are empty")
+    log.write_text(whole)
+    (log.parent / "config.json").write_text("{}")
+    assert "experiment" in error(log.parent)
+    assert not (tmp_path / "curves.png").exists()

@@ -180,7 +180,7 @@ def test_synthetic_is_deterministic_and_its_test_part_another() -> None:
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(data.DataError, match="validation_per_class 300 leaves no image"):
-        data.load_training(Config(dataset="synthetic", validation_per_class=300))
+        data.load_training(Config(dataset="synthetic", validation_per_class=300, images_per_class=0))
 
 
 def test_synthetic_is_not_solved_by_a_linear_classifier() -> None:

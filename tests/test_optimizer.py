@@ -55,6 +55,11 @@ def test_no_decay_on_norms_and_biases_where_set() -> None:
         assert plain["weight_decay"] == (0.05 if decay_norms else 0)
 
 
+def test_sgd_has_nesterov_momentum() -> None:
+    for group in train.make_optimizer(TINY, train.MobileNetV3()).param_groups:
+        assert (group["momentum"], group["nesterov"], group["lr"]) == (0.9, True, TINY.lr)
+
+
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_optimizers_do_what_torchs_do(name: str) -> None:
     """Bit for bit, a saved and loaded state included."""

@@ -124,10 +124,19 @@ def test_16_bits_are_scaled(suffix: str, picture: Image.Image, tmp_path: Path) -
     assert difference(result, pixels(saved(picture.convert("L"), tmp_path / "grey.png"))) <= 2
 
 
-def test_floats_are_scaled(tmp_path: Path) -> None:
-    for top in (1, 255):
-        image = Image.fromarray(np.full((40, 40), 0.6 * top, dtype=np.float32))
-        assert difference(pixels(saved(image, tmp_path / "float.tif")), 153) == 0
+@pytest.mark.parametrize("top", [1, 255])
+def test_floats_are_scaled(top: int, picture: Image.Image, tmp_path: Path) -> None:
+    """Also where shrinking overshoots at bright edges, and with a pixel that is no number."""
+    image = Image.fromarray(np.full((40, 40), 0.6 * top, dtype=np.float32))
+    assert difference(pixels(saved(image, tmp_path / "float.tif")), 153) == 0
+    grey = np.asarray(picture.convert("L")).copy()
+    grey[:, 44:] = grey[:, 44:] // 128 * 255
+    values = (grey / np.float32(255 / top)).astype(np.float32)
+    values[5, 20], values[6, 70], grey[5, 20], grey[6, 70] = np.nan, np.inf, 0, 0
+    plain = pixels(saved(Image.fromarray(grey), tmp_path / "plain.png"))
+    result = pixels(saved(Image.fromarray(values), tmp_path / "float.tif"))
+    assert difference(result, plain) < 25  # of 8 bits PIL clips what overshoots after each axis
+    assert result.mean() == pytest.approx(plain.mean(), abs=1)
 
 
 def test_transparency_is_white(picture: Image.Image, tmp_path: Path) -> None:

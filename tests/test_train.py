@@ -22,6 +22,7 @@ import checkpoint
 import train
 from augment import Batches
 from config import Config
+from conftest import TINY
 from model import ROWS, InvertedResidual
 from soak import rows, small_set, taken_for_official
 
@@ -54,6 +55,58 @@ def test_average_follows_its_formula() -> None:
         expected = decay * expected + (1 - decay) * network.classifier.bias.detach()
     assert torch.allclose(average.network.classifier.bias, expected)
     assert not torch.equal(average.network.stem[1].running_var, network.stem[1].running_var)
+
+
+OTHER = {  # values of the settings that change a step, unlike TINY's
+    "optimizer": "adamw", "lr": 0.1, "weight_decay": 0.05, "decay_norms": True, "label_smoothing": 0.0, "dropout": 0.1,
+    "ema": 0.05, "flip": False, "crop_padding": 2, "crop_reflect": False, "trivial_augment": 0.3, "cutout": 8,
+    "mixup": 0.2, "cutmix": 1.0, "seed": 1,
+}  # fmt: skip
+
+
+def weights_after_two_steps(config: Config) -> dict[str, Tensor]:
+    """The graded weights, cloned."""
+    run, batches = train.Training(config, torch.device("cpu")), Batches(config, train.data.load_training(config)[0])
+    run.network.train()
+    torch.manual_seed(0)
+    generator, sums = torch.Generator().manual_seed(0), torch.zeros(2)
+    for index in torch.arange(128).split(64):
+        run.step(*batches(index, generator), sums)
+    return {name: value.clone() for name, value in run.graded().state_dict().items()}
+
+
+def test_each_setting_changes_what_is_trained() -> None:
+    base = weights_after_two_steps(TINY)
+    assert all(torch.equal(value, base[name]) for name, value in weights_after_two_steps(TINY).items())
+    for name, value in OTHER.items():
+        other = weights_after_two_steps(replace(TINY, **{name: value}))
+        assert any(not torch.equal(weights, base[key]) for key, weights in other.items()), name
+
+
+def test_loss_and_hits_are_summed_as_they_were_before_the_step(tiny: Config) -> None:
+    run, batches = train.Training(tiny, torch.device("cpu")), Batches(tiny, train.data.load_training(tiny)[0])
+    run.network.train()
+    sums, inputs, labels = torch.tensor([5.0, 7.0]), *batches(torch.arange(64), torch.Generator().manual_seed(0))
+    logits = copy.deepcopy(run.network)(inputs)
+    loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=tiny.label_smoothing, reduction="sum")
+    run.step(inputs, labels, sums)
+    assert sums.tolist() == pytest.approx([5 + loss.item(), 7 + (logits.argmax(1) == labels).sum().item()], rel=1e-4)
+
+
+def test_the_averaged_network_is_validated_on_the_validation_images(tiny: Config, monkeypatch) -> None:
+    seen, evaluate = [], train.evaluate
+
+    def recorded(network: torch.nn.Module, images: train.data.Images) -> object:
+        seen.append((copy.deepcopy(network.state_dict()), images))
+        return evaluate(network, images)
+
+    monkeypatch.setattr(train, "evaluate", recorded)
+    folder = train.train(replace(tiny, epochs=1))
+    ((weights, images),) = seen
+    assert torch.equal(images.images, train.data.load_training(tiny)[1].images)
+    parts = checkpoint.load(folder / "last.pth")["state"]
+    assert all(torch.equal(weights[name], value) for name, value in parts["average"]["network"].items())
+    assert not torch.equal(weights["classifier.weight"], parts["network"]["classifier.weight"])
 
 
 def test_a_run_prints_and_writes_what_it_should(tiny: Config, capsys: pytest.CaptureFixture) -> None:
@@ -200,8 +253,14 @@ def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
     checkpoint.save(folder / "last.pth", content)
     with pytest.raises(checkpoint.CheckpointError, match=r"another version .* small_share"):
         checkpoint.run_config(folder, {})
-    with pytest.raises(checkpoint.CheckpointError, match="no run"):
-        checkpoint.run_config(folder.parent, {})
+    shutil.copy(folder / "best.pth", folder / "last.pth")
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pth is not what"):
+        checkpoint.run_config(folder, {})
+    (folder / "last.pth").unlink()
+    (folder / "config.json").write_text("[]")
+    for other in (folder, folder.parent):
+        with pytest.raises(checkpoint.CheckpointError, match="no run"):
+            checkpoint.run_config(other, {})
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny: Config) -> None:
@@ -273,7 +332,7 @@ def test_signals_stop_within_a_step_and_give_the_command(tmp_path: Path, number:
     assert process.returncode == 128 + number
     (folder,) = tmp_path.iterdir()
     assert printed.splitlines()[-1].endswith(f"python train.py --resume {folder}")
-    assert errors == "", "no bar where the output is no terminal"
+    assert errors == "\nStopping after this step; once more to stop at once\n", "no bar where it is no terminal"
     assert not (folder / "log.csv").exists()
 
 

@@ -213,9 +213,18 @@ PARTS: dict[str, Callable[[], Any]] = {
 def measure(part: str) -> Any:
     """A part in a process of its own, so that neither memory settings nor caches carry over."""
     command = [sys.executable, "-W", "ignore", "-m", "tools.benchmark", "--part", part]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = succeed(command)
     print(f"  {part}: {output.strip()}", flush=True)
     return json.loads(output)
+
+
+def succeed(command: list[str]) -> str:
+    """What a command prints; the program ends with the last line of its errors where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise SystemExit(f"tools.benchmark: error: {' '.join(command[1:])} failed. {reason}")
+    return done.stdout
 
 
 def seconds(command: list[str]) -> float:
@@ -223,7 +232,7 @@ def seconds(command: list[str]) -> float:
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        subprocess.run([sys.executable, *command], capture_output=True, check=True)
+        succeed([sys.executable, *command])
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

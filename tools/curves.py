@@ -111,16 +111,19 @@ def read(folder: Path) -> History:
         history = [row | {"epoch": int(row["epoch"])} for row in rows]
         if not history or history[0].keys() != set(checkpoint.COLUMNS):
             raise ValueError("no epoch is finished, or other columns")
+        empty = {tuple(name for name, value in row.items() if value is None) for row in history}
+        if empty not in ({()}, {("validation_loss", "validation_accuracy")}):
+            raise ValueError("cells are empty")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise checkpoint.CheckpointError(f"{folder} has no log.csv that can be drawn: {error}") from error
     return history
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--output", type=Path, default=Path("runs/curves.png"), help="[%(default)s]")
-    arguments = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="[%(default)s]")
+    arguments = parser.parse_args(argv)
     try:
         names = [folder.name for folder in arguments.runs]
         names = names if len(set(names)) == len(names) else [str(folder) for folder in arguments.runs]
@@ -131,7 +134,7 @@ def main() -> int:
         notes = [note(folder) for folder in arguments.runs]
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         draw(runs, heading, arguments.output)
-    except (checkpoint.CheckpointError, OSError, TypeError, ValueError) as error:
+    except (checkpoint.CheckpointError, OSError, KeyError, TypeError, ValueError) as error:
         print(f"tools.curves: error: {error}", file=sys.stderr)
         return 1
     print(table(runs), *notes, sep="\n")

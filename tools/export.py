@@ -102,6 +102,7 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir) -> str:
     """Write and check; returns what was written and checked; raises ExportError, CheckpointError."""
     if onnx := path.suffix.lower() == ".onnx":
         need_onnx()
+    path.parent.mkdir(parents=True, exist_ok=True)
     network, about, labels = open_checkpoint(source)
     properties = {name: str(value) for name, value in about.items()} | {"labels": json.dumps(labels)}
     example = torch.zeros(2, augment.SIDE, augment.SIDE, 3, dtype=torch.uint8)  # 0 and 1 would become constants
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # torch.export's chatter; errors are printed
     try:
         print(export(arguments.file, arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir))
-    except (ExportError, checkpoint.CheckpointError, OSError) as error:
+    except (ExportError, checkpoint.CheckpointError, OSError, ValueError) as error:
         print(f"tools.export: error: {error}", file=sys.stderr)
         return 1
     return 0

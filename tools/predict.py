@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def read(path: Path) -> Tensor:
                 image.draft("RGB", (DRAFT, DRAFT))
                 if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
-                ImageOps.exif_transpose(image, in_place=True)
-                pixels = np.array(to_rgb(shrink(widen(image)), image.mode))
+                with suppress(Exception):  # damaged metadata: the picture as it is stored
+                    ImageOps.exif_transpose(image, in_place=True)
+                pixels = np.array(to_rgb(shrink(widen(image))))
     except Exception as error:  # PIL's decoders raise nearly anything where a file is damaged
         raise PictureError(f"{path}: {reason(error)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
@@ -53,9 +55,15 @@ def reason(error: Exception) -> str:
 
 
 def widen(image: Image.Image) -> Image.Image:
-    """A picture of any mode as F (its own scale), RGBA or RGB, which can be averaged without loss."""
-    if image.mode[0] in "IF":  # more than 8 bits, which PIL would clip
-        return image.convert("F")
+    """A picture of any mode as RGBA, RGB, or F from 0 to 255, which can be averaged without loss.
+
+    Integers of more than 8 bits, which PIL would clip, reach to 65535; floats to 1, or to 255 where any is above 1;
+    what is not finite is black.
+    """
+    if image.mode[0] in "IF":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+        white = 65_535 if image.mode[0] == "I" else 1 if values.max() <= 1 else 255
+        return Image.fromarray((values * (255 / white)).clip(0, 255))
     transparent = image.getbands()[-1] == "A" or "transparency" in image.info
     return image.convert("RGBA" if transparent else "RGB")
 
@@ -68,14 +76,12 @@ def shrink(image: Image.Image) -> Image.Image:
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
 
 
-def to_rgb(image: Image.Image, mode: str) -> Image.Image:
-    """RGB of what was widened from `mode`: transparency on white, integers from 16 bits, floats from 0..1 or 0..255."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of what was widened, transparency on white."""
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image))
-        white = 65_535 if mode[0] == "I" else 1 if values.max() <= 1 else 255
-        image = Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
+        image = Image.fromarray(np.asarray(image).clip(0, 255).round().astype(np.uint8))
     return image.convert("RGB")
 
 

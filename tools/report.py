@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 from base64 import b64encode
 from collections import Counter
 from html import escape
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import evaluate
-from augment import normalise
 from config import Config, OneLineParser
 from tools.labels import SUPERCLASSES, class_names, human
 
@@ -85,8 +85,7 @@ def stages(network: nn.Module) -> list[tuple[str, str, int, int, int]]:
     for name, part in parts.items():
         operations, parameters = thop.profile(copy.deepcopy(part), (x,), verbose=False)
         x = part(x).detach()
-        size = sum(t.numel() * t.element_size() for t in [*part.parameters(), *part.buffers()])
-        rows.append((name, "x".join(map(str, x.shape[1:])), int(parameters), size, int(operations)))
+        rows.append((name, "x".join(map(str, x.shape[1:])), int(parameters), evaluate.size(part), int(operations)))
     return [*rows, ("total", "", *(sum(row[i] for row in rows) for i in (2, 3, 4)))]
 
 
@@ -94,9 +93,8 @@ def build(path: Path, data_dir: str = Config.data_dir) -> tuple[str, float]:
     """The page on a checkpoint, and its accuracy in percent; raises CheckpointError, DataError."""
     content = checkpoint.load(path)
     network, dataset = evaluate.load_network(content, path), content["config"]["dataset"]
-    (images, labels), folded = data.load_test(Config(dataset=dataset, data_dir=data_dir)), evaluate.folded(network)
-    with torch.inference_mode():
-        logits = torch.cat([folded(normalise(part)) for part in images.split(100)]).double()
+    images, labels = data.load_test(Config(dataset=dataset, data_dir=data_dir))
+    logits = evaluate.logits(network, images).double()
     top, count = logits.softmax(1).topk(5), len(labels)
     hits, confidence, guesses = top.indices == labels[:, None], top.values[:, 0], top.indices[:, 0]
     names = class_names(dataset)
@@ -131,7 +129,7 @@ def build(path: Path, data_dir: str = Config.data_dir) -> tuple[str, float]:
     return PAGE.substitute(dataset=dataset, source=escape(source), main=human(main)), 100 * correct.mean().item()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: the one that evaluate.py grades")
     parser.add_argument("--output", type=Path, default="report/index.html", help="[%(default)s]")
@@ -141,10 +139,12 @@ def main(argv: list[str] | None = None) -> None:
         page, accuracy = build(arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(arguments.output, lambda file: file.write(page.encode()))
-    except (checkpoint.CheckpointError, data.DataError, OSError) as error:
-        raise SystemExit(f"tools.report: error: {error}") from None
+    except (checkpoint.CheckpointError, data.DataError, OSError, ValueError) as error:
+        print(f"tools.report: error: {error}", file=sys.stderr)
+        return 1
     print(f"{arguments.output}\nAccuracy = {accuracy:.2f} %")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
