@@ -321,8 +321,10 @@ def main(arguments: argparse.Namespace) -> int:
             print(checkpoint.summary(train(arguments.config, stop=stop)))
     except Stopped as stopped:
         number, folder = stopped.args
-        again = folder and f"Go on with: python train.py --resume {shlex.quote(str(folder))}"
-        print(f"\nStopped. {again}" if again else "\nStopped before any step")
+        if folder:
+            print(f"\nStopped. Go on with: python train.py --resume {shlex.quote(str(folder))}")
+        else:
+            print("\nStopped before any step")
         return 128 + number
     except (checkpoint.CheckpointError, data.DataError, DeviceError, Diverged, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)

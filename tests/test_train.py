@@ -241,6 +241,18 @@ def test_the_last_finished_run_is_the_one_that_is_graded(tiny: Config, tmp_path:
     assert checkpoint.BEST.read_bytes() == (folder / "best.pth").read_bytes()
 
 
+def test_an_epoch_is_kept_where_its_weights_cannot_be_offered(tiny: Config, tmp_path: Path) -> None:
+    """A file where checkpoints/ should be."""
+    arrays = small_set()
+    np.savez(tmp_path / "cifar100.npz", **arrays)
+    checkpoint.BEST.parent.write_text("")
+    settings = {"dataset": "cifar100", "data_dir": str(tmp_path), "validation_per_class": 1, "images_per_class": 0}
+    with taken_for_official(arrays), pytest.raises(OSError, match="checkpoints"):
+        train.train(replace(tiny, **settings, epochs=1))
+    (folder,) = Path(tiny.runs_dir).iterdir()
+    assert checkpoint.load(folder / "last.pth")["epoch"] == len(rows(folder)) == 1
+
+
 def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
     folder = train.train(replace(tiny, epochs=1))
     assert checkpoint.run_config(folder, {"epochs": 1}) == replace(tiny, epochs=1)

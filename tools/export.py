@@ -102,8 +102,8 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir) -> str:
     """Write and check; returns what was written and checked; raises ExportError, CheckpointError."""
     if onnx := path.suffix.lower() == ".onnx":
         need_onnx()
-    path.parent.mkdir(parents=True, exist_ok=True)
     network, about, labels = open_checkpoint(source)
+    path.parent.mkdir(parents=True, exist_ok=True)
     properties = {name: str(value) for name, value in about.items()} | {"labels": json.dumps(labels)}
     example = torch.zeros(2, augment.SIDE, augment.SIDE, 3, dtype=torch.uint8)  # 0 and 1 would become constants
     program = torch.export.export(Deployed(network).eval(), (example,), dynamic_shapes=SHAPES)
