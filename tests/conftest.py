@@ -21,6 +21,11 @@ TINY = Config(
     **EXPERIMENTS["scratch"] | {"validation_per_class": 3, "batch_size": 64, "epochs": 2},
     dataset="synthetic", images_per_class=8, device="cpu", threads=1, seed=0, compile=False,
 )  # fmt: skip
+EVERYTHING = {  # the parts of a recipe that hold a state or draw random numbers
+    "schedule": "cosine", "warmup_epochs": 1, "lr": 3e-3, "weight_decay": 0.05, "decay_norms": False, "ema": 0.9,
+    "label_smoothing": 0.1, "dropout": 0.1, "trivial_augment": 0.5, "cutout": 8, "mixup": 0.2, "cutmix": 1.0,
+    "mix_share": 0.5, "small_share": 0.5,
+}  # fmt: skip
 
 
 def pytest_configure() -> None:
