@@ -1,36 +1,17 @@
-"""Augmentation of whole batches on their device: functions of (images, generator), random per sample."""
+"""Augmentation of whole batches on their device, and the loader: pure functions of (images, generator)."""
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from config import Config
-from data import MEAN, STD, Images
-from model import CLASSES
+from data import CLASSES, SIDE, Images, load_training, normalise
 
-SIDE = 32  # pixels
-SMALL_SIDE = 24  # an epoch of such images takes 0.6 of the time
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Pixels of 0..255, (N, 3, 32, 32), to float32 with the training set's mean 0 and deviation 1, channels_last."""
-    scale, shift = statistics(images.device)
-    return images.to(torch.float32, memory_format=torch.channels_last).mul(scale).add_(shift)
-
-
-@functools.cache  # making a tensor from numbers on a GPU would wait for it at every step
-def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What to multiply pixels of 0..255 by and what to add then, as whole images (1, 3, 32, 32): broadcasting three
-    numbers along the fastest dimension takes a CPU five times as long."""
-    mean, deviation = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return tuple(
-        value.expand(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
-        for value in (1 / (255 * deviation), -mean / deviation)
-    )
+SMALL_SIDE = 24  # pixels; an epoch of such images takes 0.6 of the time
+SEED_STRIDE = 1_000_003  # above any number of epochs, so that no two (seed, epoch) share their random numbers
 
 
 def pixel_table(images: Tensor) -> Tensor:
@@ -47,7 +28,7 @@ def crop_and_flip(
     Returns uint8 (N, 3, 32, 32), channels_last. Padding, crop and flip only decide which pixels are read: one pass
     over the batch instead of four.
     """
-    index = index.int()  # places fit into 32 bits up to two million images, and are half as much to move
+    index = index.int()  # 32 bits suffice for two million images and are half as much to move
     shifts = torch.randint(-padding, padding + 1, (2, len(index), 1), device=index.device, generator=generator).int()
     side = torch.arange(SIDE, dtype=torch.int32, device=index.device)
     rows, columns = side + shifts[0], side + shifts[1]  # (N, 32), counted in the image's own pixels
@@ -55,15 +36,15 @@ def crop_and_flip(
         mirrored = torch.rand(len(index), 1, device=index.device, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     if reflect:
-        rows, columns = mirror(rows), mirror(columns)
-    places = (index[:, None] * SIDE**2 + rows * SIDE)[:, :, None] + columns[:, None, :]
+        rows, columns = reflect_index(rows), reflect_index(columns)
+    pixels = (index[:, None] * SIDE**2 + rows * SIDE)[:, :, None] + columns[:, None, :]
     if padding and not reflect:
         inside = [(axis >= 0) & (axis < SIDE) for axis in (rows, columns)]
-        places = torch.where(inside[0][:, :, None] & inside[1][:, None, :], places, len(table) - 1)
-    return table.index_select(0, places.flatten()).view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
+        pixels = torch.where(inside[0][:, :, None] & inside[1][:, None, :], pixels, len(table) - 1)
+    return table.index_select(0, pixels.flatten()).view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
 
 
-def mirror(index: Tensor) -> Tensor:
+def reflect_index(index: Tensor) -> Tensor:
     """Indices outside of 0..31 reflected at the border pixels."""
     index = index.abs()
     return torch.where(index < SIDE, index, 2 * (SIDE - 1) - index)
@@ -81,19 +62,22 @@ def cutout(images: Tensor, side: int, generator: Generator) -> Tensor:
     return images.masked_fill((span(height)[:, :, None] & span(width)[:, None, :]).unsqueeze(1), 0.0)
 
 
-def trivial_augment(images: Tensor, share: float, generator: Generator) -> Tensor:
-    """Give a share of the images one operation each, with a random strength (Müller and Hutter, 2021).
+def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Tensor:
+    """Give a fraction of the images one operation each, with a random strength (TrivialAugment: Müller, Hutter, 2021).
 
     Takes (N, 3, H, W) of any type in a random order, returns float32. The batch is cut into one slice for each
     operation, so that nothing depends on values that a GPU would have to be waited for; the strengths are those of
     RandAugment (Cubuk et al., 2020), milder than the paper's.
     """
     images = images.to(torch.float32, memory_format=torch.channels_last)
-    count = round(share * len(images))
+    count = round(fraction * len(images))
     level = 2 * torch.rand(count, 1, 1, 1, device=images.device, generator=generator) - 1
-    parts, levels = (whole.tensor_split(len(OPERATIONS)) for whole in (images[:count], level))
-    slices = zip(OPERATIONS, parts, levels, strict=True)
-    changed = [operation(part, strength).clamp(0, 255) for operation, part, strength in slices if len(part)]
+    slices = zip(images[:count].tensor_split(len(OPERATIONS)), level.tensor_split(len(OPERATIONS)), strict=True)
+    changed = [
+        operation(part, strength).clamp(0, 255)
+        for operation, (part, strength) in zip(OPERATIONS.values(), slices, strict=True)
+        if len(part)
+    ]
     return torch.cat([*changed, images[count:]])
 
 
@@ -105,7 +89,7 @@ def affine(images: Tensor, level: Tensor, matrix: tuple[tuple[float, ...], tuple
 
 
 def sample(images: Tensor, matrices: Tensor) -> Tensor:
-    """Bilinear samples at affinely moved places, matrices (N, 2, 3); black outside."""
+    """Bilinear samples at affinely moved positions, matrices (N, 2, 3); black outside."""
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -159,54 +143,82 @@ def equalize(images: Tensor, level: Tensor) -> Tensor:
     return torch.where(step > 0, table.gather(2, values), values).view(images.shape)
 
 
-OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
-    lambda images, level: images,
-    lambda images, level: affine(images, level, ((0, 0.3, 0), (0, 0, 0))),  # shear
-    lambda images, level: affine(images, level, ((0, 0, 0), (0.3, 0, 0))),
-    lambda images, level: affine(images, level, ((0, 0, 0.6), (0, 0, 0))),  # shift by up to 10 pixels of 32
-    lambda images, level: affine(images, level, ((0, 0, 0), (0, 0, 0.6))),
-    rotate,
-    lambda images, level: images * (1 + 0.9 * level),  # brightness
-    lambda images, level: blend(grey(images), images, level),  # saturation
-    lambda images, level: blend(grey(images).mean((1, 2, 3), keepdim=True), images, level),  # contrast
-    sharpness,
-    posterize,
-    lambda images, level: torch.where(images < 256 * (1 - level.abs()), images, 255 - images),  # solarize
-    autocontrast,
-    equalize,
-)
+# By name. Each takes float images (N, 3, H, W) of 0..255 and its strength, level (N, 1, 1, 1) from -1 to 1.
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": lambda images, level: images,
+    "shear_x": lambda images, level: affine(images, level, ((0, 0.3, 0), (0, 0, 0))),
+    "shear_y": lambda images, level: affine(images, level, ((0, 0, 0), (0.3, 0, 0))),
+    "translate_x": lambda images, level: affine(images, level, ((0, 0, 0.6), (0, 0, 0))),  # up to 10 pixels of 32
+    "translate_y": lambda images, level: affine(images, level, ((0, 0, 0), (0, 0, 0.6))),
+    "rotate": rotate,
+    "brightness": lambda images, level: images * (1 + 0.9 * level),
+    "saturation": lambda images, level: blend(grey(images), images, level),
+    "contrast": lambda images, level: blend(grey(images).mean((1, 2, 3), keepdim=True), images, level),
+    "sharpness": sharpness,
+    "posterize": posterize,
+    "solarize": lambda images, level: torch.where(images < 256 * (1 - level.abs()), images, 255 - images),
+    "autocontrast": autocontrast,
+    "equalize": equalize,
+}
 
 
-class Batches:
-    """Makes what the network trains on from the training images, as a run's settings say."""
+class Loader:
+    """Augmented batches of the training images, made on their device: iterating over it is one epoch.
 
-    def __init__(self, config: Config, train: Images) -> None:
-        self.config, self.table, self.labels = config, pixel_table(train.images), train.labels
+    Order and augmentation follow from (seed, epoch). All batches have one size: the images that do not fill the last
+    one are left out, others in each epoch. `config` has the settings of config.Config that are read here.
+    """
+
+    def __init__(self, train: Images, config: Any) -> None:
+        self.config, self.pixels, self.labels, self.epoch = config, pixel_table(train.images), train.labels, 0
+        self.batch_size = min(config.batch_size, len(train.labels))
         self.mixers = []
         if config.mixup or config.cutmix:
-            from torchvision.transforms import v2  # only here: its import takes a second
+            from torchvision.transforms import v2  # here, as its import takes a second
 
-            if config.mixup:
-                self.mixers.append(v2.MixUp(alpha=config.mixup, num_classes=CLASSES))
-            if config.cutmix:
-                self.mixers.append(v2.CutMix(alpha=config.cutmix, num_classes=CLASSES))
+            self.mixers += [v2.MixUp(alpha=config.mixup, num_classes=CLASSES)] if config.mixup else []
+            self.mixers += [v2.CutMix(alpha=config.cutmix, num_classes=CLASSES)] if config.cutmix else []
 
-    def __call__(self, index: Tensor, generator: Generator, small: bool = False) -> tuple[Tensor, Tensor]:
-        """The training images at `index` (N,): normalised floats (N, 3, 32, 32) and labels, (N,) or shares (N, 100).
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, that the next iteration gives."""
+        self.epoch = epoch
 
-        `small` images are reduced to 24x24 (progressive learning: Tan and Le, EfficientNetV2, 2021).
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.labels) // self.batch_size
 
-        Mixing draws from torch's global generator on the CPU, all else from `generator` on the images' device.
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of `augment`; dropout and mixing draw from torch's global generator, which is seeded here."""
+        seed = self.config.seed * SEED_STRIDE + self.epoch
+        torch.manual_seed(seed)
+        generator = Generator(self.labels.device).manual_seed(seed)
+        order = torch.randperm(len(self.labels), device=self.labels.device, generator=generator)
+        for index in order[: len(self) * self.batch_size].split(self.batch_size):
+            yield self.augment(index, generator)
+
+    def augment(self, index: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """The images at `index` (N,): normalised floats (N, 3, 32, 32), and labels (N,) or, mixed, targets (N, 100).
+
+        In the first `small_fraction` of the epochs images are 24x24 (progressive learning: Tan, Le, EfficientNetV2,
+        2021).
         """
         config = self.config
-        inputs = crop_and_flip(self.table, index, config.crop_padding, config.crop_reflect, config.flip, generator)
+        images = crop_and_flip(self.pixels, index, config.crop_padding, config.crop_reflect, config.flip, generator)
         if config.trivial_augment:
-            inputs = trivial_augment(inputs, config.trivial_augment, generator)
-        inputs, labels = normalise(inputs), self.labels[index]
+            images = trivial_augment(images, config.trivial_augment, generator)
+        images, labels = normalise(images), self.labels[index]
         if config.cutout:
-            inputs = cutout(inputs, config.cutout, generator)
-        if self.mixers and torch.rand(()).item() < config.mix_share:
-            inputs, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](inputs, labels)
-        if small:
-            inputs = F.interpolate(inputs, SMALL_SIDE, mode="bilinear", antialias=True)
-        return inputs, labels
+            images = cutout(images, config.cutout, generator)
+        if self.mixers and torch.rand(()).item() < config.mix_prob:
+            images, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](images, labels)
+        if self.epoch < int(config.small_fraction * config.epochs + 1e-9):  # 0.29 * 100 is a little below 29
+            images = F.interpolate(images, SMALL_SIDE, mode="bilinear", antialias=True)
+        return images, labels
+
+
+def build_loader(config: Any, device: torch.device) -> tuple[Loader, Images]:
+    """The loader of a run's training images, and its validation images, on the device. Raises DataError."""
+    train, validation = load_training(
+        config.dataset, config.data_dir, config.validation_per_class, config.images_per_class
+    )
+    return Loader(train.to(device), config), validation.to(device)

@@ -1,5 +1,6 @@
-"""CIFAR-100 (Krizhevsky, 2009) and a synthetic stand-in: loading, checking, splitting."""
+"""CIFAR-100 (Krizhevsky, 2009): fetching, checking, splitting and normalising its images."""
 
+import functools
 import hashlib
 import zipfile
 from pathlib import Path
@@ -9,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import checkpoint
-from config import Config
-from model import CLASSES
+from synthetic import synthetic
+from utils import UserError, atomic_write, locked, one_line, remove_partial
 
+SIDE = 32  # pixels
+CLASSES = 100
 SHAPES = {
-    "train_images": (50_000, 32, 32, 3),
+    "train_images": (50_000, SIDE, SIDE, 3),
     "train_labels": (50_000,),
-    "test_images": (10_000, 32, 32, 3),
+    "test_images": (10_000, SIDE, SIDE, 3),
     "test_labels": (10_000,),
 }
 SHA256 = {  # of the image arrays' bytes, sorted by label, within a label in the official order
@@ -28,9 +30,10 @@ MEAN = (0.5070751592, 0.4865488733, 0.4409178434)
 STD = (0.2673342859, 0.2564384629, 0.2761504713)
 SPLIT_SEED = 100  # fixed, so that all runs are compared on the same validation images
 SYNTHETIC = {"train": {"per_class": 200, "seed": 5}, "test": {"per_class": 20, "seed": 4}}
+LARGEST = 200e6  # bytes that the file may unpack to; the real one has 184e6
 
 
-class DataError(Exception):
+class DataError(UserError):
     """The data set is missing or damaged; the message names the file and the cure."""
 
 
@@ -44,25 +47,29 @@ class Images(NamedTuple):
         return Images(self.images.to(device), self.labels.to(device))
 
 
-def load_training(config: Config) -> tuple[Images, Images]:
-    """The images that are trained on and those kept for validation, on the CPU; raises DataError."""
-    images, labels = load(config, "train", config.images_per_class)
-    train, validation = split(labels, config.validation_per_class, config.images_per_class)
+def load_training(
+    dataset: str, data_dir: str, validation_per_class: int, images_per_class: int = 0
+) -> tuple[Images, Images]:
+    """The training and the validation images, on the CPU; so many images a class (0: all). Raises DataError."""
+    images, labels = load(dataset, data_dir, "train", images_per_class)
+    train, validation = split(labels, validation_per_class, images_per_class)
     if not len(train):
-        raise DataError(f"validation_per_class {config.validation_per_class} leaves no image to train on. Lower it")
+        raise DataError(f"validation_per_class {validation_per_class} leaves no image to train on. Lower it")
     return Images(images[train], labels[train]), Images(images[validation], labels[validation])
 
 
-def load_test(config: Config) -> Images:
-    """The test images, which nothing but grading may read; raises DataError."""
-    return load(config, "test")
+def load_test(dataset: str, data_dir: str) -> Images:
+    """The test images, which only grading may read. Raises DataError."""
+    return load(dataset, data_dir, "test")
 
 
-def load(config: Config, source: str, per_class: int = 0) -> Images:
-    """All "train" or "test" images of the configured set; of the synthetic set only so many a class as asked for."""
-    if config.dataset == "synthetic":
+def load(dataset: str, data_dir: str, source: str, per_class: int = 0) -> Images:
+    """All "train" or "test" images of a data set; of the synthetic one `per_class` images a class (0: all)."""
+    if dataset == "synthetic":
         return Images(*synthetic(**SYNTHETIC[source] | ({"per_class": per_class} if per_class else {})))
-    path = Path(config.data_dir) / "cifar100.npz"
+    if not data_dir:
+        raise DataError("data_dir must not be empty")
+    path = Path(data_dir) / "cifar100.npz"
     if not path.exists():
         build(path)
     arrays = read(path, source)
@@ -82,13 +89,30 @@ def split(labels: Tensor, validation_per_class: int, images_per_class: int = 0) 
     return torch.cat(train).sort().values, torch.cat(validation).sort().values
 
 
+def normalise(images: Tensor) -> Tensor:
+    """Pixels of 0..255, (N, 3, 32, 32), to float32 of the training set's mean 0 and std 1, channels_last."""
+    scale, shift = normalisation(images.device)
+    return images.to(torch.float32, memory_format=torch.channels_last).mul(scale).add_(shift)
+
+
+@functools.cache  # making a tensor from numbers would synchronise with a GPU at every step
+def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The factor and the summand of `normalise`, each as a whole image (1, 3, 32, 32): broadcasting three numbers
+    along the fastest dimension takes a CPU five times as long."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return tuple(
+        value.expand(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
+        for value in (1 / (255 * std), -mean / std)
+    )
+
+
 def read(path: Path, source: str) -> dict[str, np.ndarray]:
-    """The "train" or "test" arrays of the file, checked against their digests; raises DataError."""
+    """The "train" or "test" arrays of the file, checked against their digests. Raises DataError."""
     names = [name for name in SHAPES if name.startswith(source)]
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > 200e6:  # a bomb is not even unpacked
-                raise ValueError("it unpacks to more than 200 MB")
+            if sum(member.file_size for member in archive.infolist()) > LARGEST:  # a zip bomb is not unpacked
+                raise ValueError(f"it unpacks to more than {LARGEST / 1e6:.0f} MB")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names}
         check(arrays)
@@ -111,18 +135,17 @@ def check(arrays: dict[str, np.ndarray]) -> None:
 
 
 def build(path: Path) -> None:
-    """Download CIFAR-100 (or use the archive beside `path`) and write it as one npz file; raises DataError."""
-    from torchvision.datasets import CIFAR100  # only here: its import takes a second
+    """Download CIFAR-100, or use the archive beside `path`, and write it as one npz file. Raises DataError."""
+    from torchvision.datasets import CIFAR100  # here, as its import takes a second
 
     folder = path.parent
     arrays = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with checkpoint.locked(folder, wait=True):
-            if path.exists():  # built by another process meanwhile
+        with locked(folder, wait=True):
+            if path.exists():  # another process has built it meanwhile
                 return
-            for left in folder.glob(f".{path.name}.*.part"):  # of a killed process
-                left.unlink()
+            remove_partial(folder, path.name)
             for source in ("train", "test"):
                 official = CIFAR100(folder, train=source == "train", download=True)
                 labels = np.asarray(official.targets, dtype=np.uint8)
@@ -130,91 +153,10 @@ def build(path: Path) -> None:
                 arrays[f"{source}_images"] = np.ascontiguousarray(official.data[order])
                 arrays[f"{source}_labels"] = labels[order]
             check(arrays)
-            checkpoint.write_whole(path, lambda file: np.savez(file, **arrays))
+            atomic_write(path, lambda file: np.savez(file, **arrays))
     except (OSError, RuntimeError, ValueError) as error:  # URLError and HTTPError are OSErrors
         raise DataError(
             f"CIFAR-100 is not in {path} and torchvision could not get it from {CIFAR100.url} "
             f"({one_line(error)}). Put the official cifar-100-python.tar.gz into {folder}/ by hand and run again, "
             "or try the program without data: python train.py --dataset synthetic --epochs 2"
         ) from error
-
-
-def one_line(error: Exception) -> str:
-    """The error's text without line breaks, or its class where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def synthetic(per_class: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Generated images, uint8 (100 * per_class, 3, 32, 32), of 10 shapes in 10 textures, and their labels.
-
-    Colour, position, scale, phase and noise are random, so that single pixels say next to nothing of the class.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(CLASSES).repeat_interleave(per_class)
-    count = len(labels)
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator) * (high - low) + low
-
-    axis = torch.linspace(-1, 1, 32)
-    x = axis.view(1, 1, -1) - uniform(-0.3, 0.3, 1, 1)
-    y = axis.view(1, -1, 1) - uniform(-0.3, 0.3, 1, 1)
-    scale = uniform(0.45, 0.65, 1, 1)
-    shape = inside_shape(x / scale, y / scale, (labels // 10).view(-1, 1, 1))
-    texture = stripes(x + uniform(0, 2, 1, 1), y + uniform(0, 2, 1, 1), (labels % 10).view(-1, 1, 1))
-    bright, dark, ground = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
-    dark = torch.where((bright - dark).abs() < 0.3, (bright + 0.5) % 1, dark)
-    figure = torch.where(texture.unsqueeze(1), bright, dark)
-    images = torch.where(shape.unsqueeze(1), figure, ground)
-    del figure  # as large as the images: in place from here on, for the memory
-    images.add_(torch.randn(images.shape, generator=generator).mul_(0.05))
-    return images.clamp_(0, 1).mul_(255).to(torch.uint8, memory_format=torch.channels_last), labels
-
-
-def inside_shape(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
-    """Where a shape of the unit square covers the plane, bool (N, H, W); kind (N, 1, 1) from 0 to 9."""
-    radius, diamond, square = (x * x + y * y).sqrt(), x.abs() + y.abs(), torch.maximum(x.abs(), y.abs())
-    near = torch.minimum(x.abs(), y.abs())
-    shapes = (
-        radius < 1,
-        (radius < 1) & (radius > 0.55),
-        square < 0.85,
-        (square < 0.95) & (square > 0.5),
-        diamond < 1.1,
-        (square < 1) & (near < 0.3),  # upright cross
-        (square < 0.9) & ((x - y).abs().minimum((x + y).abs()) < 0.4),  # diagonal cross
-        (y > -0.8) & (y < 0.9) & (x.abs() < (y + 0.9) * 0.6),  # triangle
-        (x.abs() < 1.1) & (y.abs() < 0.4),  # bar
-        (radius < 1) & (y > 0) | (square < 0.35),  # bowl with a dot
-    )
-    return choose(shapes, kind)
-
-
-def stripes(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
-    """A two-coloured texture, bool (N, H, W); kind (N, 1, 1) from 0 to 9."""
-    fine, coarse = 0.25, 0.5  # period in half image widths: 4 and 8 pixels of 32
-
-    def wave(u: Tensor, period: float) -> Tensor:
-        return (u / period) % 1 < 0.5
-
-    textures = (
-        torch.ones_like(kind, dtype=torch.bool),
-        wave(x, fine),
-        wave(y, fine),
-        wave(x + y, coarse * 0.7),
-        wave(x + y, coarse * 0.7) ^ wave(x - y, coarse * 0.7),  # as all here, no other's mirror image
-        wave(x, coarse),
-        wave(y, coarse),
-        wave(x, coarse) ^ wave(y, coarse),
-        wave(x, fine) & wave(y, fine),
-        wave(x, fine) ^ wave(y, fine),
-    )
-    return choose(textures, kind)
-
-
-def choose(planes: tuple[Tensor, ...], kind: Tensor) -> Tensor:
-    """Of several planes (N, H, W) the one at place `kind` (N, 1, 1), image by image."""
-    result = planes[0]
-    for place, plane in enumerate(planes[1:], start=1):
-        result = torch.where(kind == place, plane, result)
-    return result

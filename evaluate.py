@@ -1,17 +1,14 @@
 """Grade a checkpoint: operations, size, and accuracy on the official test set."""
 
 import copy
-import csv
-import ctypes
 import json
-import shlex
+import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Config, OneLineParser  # before torch, see there
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or OpenMP's idle threads take the cores from other processes
 
 import thop
 import torch
@@ -20,76 +17,75 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import checkpoint
-import data
-from augment import normalise
+from config import Config, OneLineParser
+from data import SIDE, load_test, normalise
 from model import MobileNetV3
+from utils import choose_device, keep_freed_memory, program
 
-BATCH = 100  # images a forward pass; the figures do not depend on it
-
-
-class DeviceError(Exception):
-    """The device asked for is not there."""
+Labelled = tuple[Tensor, Tensor]  # uint8 images (N, 3, 32, 32) and labels (N,), such as data.Images
+BATCH_SIZE = 100  # images a forward pass; the figures do not depend on it
 
 
 class Scores(NamedTuple):
-    """Mean cross-entropy, and the shares in percent whose label is the first, is among the first five, guesses."""
+    """Mean cross-entropy, and top-1 and top-5 accuracy in percent."""
 
     loss: float
     top1: float
     top5: float
 
 
-def evaluate(network: nn.Module, images: data.Images, batch: int = BATCH) -> Scores:
-    """Score a network in eval mode on uint8 images that lie on its device, in float32 without TF32."""
-    outputs = logits(network, images.images, batch)
-    loss = F.cross_entropy(outputs, images.labels)
-    hits = outputs.topk(5).indices == images.labels[:, None]
-    shares = 100 * torch.stack([hits[:, 0], hits.any(1)]).double().mean(1)
-    return Scores(loss.item(), *shares.tolist())
+def evaluate(model: nn.Module, labelled: Labelled, batch_size: int = BATCH_SIZE) -> Scores:
+    """Score a model in eval mode on images that lie on its device, in float32 without TF32."""
+    images, labels = labelled
+    outputs = logits(model, images, batch_size)
+    loss = F.cross_entropy(outputs, labels)
+    correct = outputs.topk(5).indices == labels[:, None]
+    accuracies = 100 * torch.stack([correct[:, 0], correct.any(1)]).double().mean(1)
+    return Scores(loss.item(), *accuracies.tolist())
 
 
 @torch.inference_mode()
-def logits(network: nn.Module, images: Tensor, batch: int = BATCH) -> Tensor:
-    """What a network in eval mode says of uint8 (N, 3, 32, 32) on its device, (N, 100), in float32 without TF32."""
-    network = folded(network)
+def logits(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
+    """Logits (N, 100) of a model in eval mode for uint8 (N, 3, 32, 32) on its device, in float32 without TF32."""
+    model = fuse_batchnorm(model)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return torch.cat([network(normalise(part)) for part in images.split(batch)])
+        return torch.cat([model(normalise(batch)) for batch in images.split(batch_size)])
 
 
-def folded(network: nn.Module) -> nn.Module:
-    """A copy of a network in eval mode whose batch normalisations are folded into the convolutions before them."""
-    network = copy.deepcopy(network)
-    for layers in network.modules():
+def fuse_batchnorm(model: nn.Module) -> nn.Module:
+    """A copy of a model in eval mode, each batch normalisation fused into the convolution before it."""
+    model = copy.deepcopy(model)
+    for layers in model.modules():
         if isinstance(layers, nn.Sequential) and len(layers) > 1 and isinstance(layers[1], nn.BatchNorm2d):
             layers[0], layers[1] = fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
-    return network
+    return model
 
 
-def measure(network: nn.Module) -> tuple[int, float]:
-    """thop's operations for one 3x32x32 image, and kB (1024 bytes) of parameters and buffers after it has run.
+def count_cost(model: nn.Module) -> tuple[int, float]:
+    """thop's operations for one 3x32x32 image, and kB (1024 bytes) of parameters and buffers after thop has run.
 
-    thop adds two float64 counters to each module it has no rule for (33 here, 0.516 kB), and the claimed size
-    counts them; it works on a copy, so that they stay off the caller's network.
+    thop adds two float64 counters to each module that it has no rule for (33 here, 0.516 kB), and the claimed size
+    counts them. It works on a copy, so that they stay off the caller's model.
     """
-    probe = copy.deepcopy(network).eval()
-    image = torch.zeros(1, 3, 32, 32, device=next(probe.parameters()).device)
+    probe = copy.deepcopy(model).eval()
+    image = torch.zeros(1, 3, SIDE, SIDE, device=next(probe.parameters()).device)
     operations, _ = thop.profile(probe, (image,), verbose=False)
-    return int(operations), size(probe) / 1024
+    return int(operations), model_bytes(probe) / 1024
 
 
-def size(network: nn.Module) -> int:
+def model_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()])
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
-def load_network(content: dict[str, Any], path: Path) -> nn.Module:
-    """The graded network with a checkpoint's weights, in eval mode; raises CheckpointError."""
-    network = MobileNetV3()
+def load_model(content: dict[str, Any], path: Path) -> nn.Module:
+    """The model with the weights of a checkpoint's content, in eval mode. Raises CheckpointError."""
+    model = MobileNetV3()
     try:
-        network.load_state_dict(content["weights"])
+        model.load_state_dict(content["weights"])
     except (KeyError, RuntimeError) as error:
-        raise checkpoint.CheckpointError(f"{path} holds no weights of this network. Give another checkpoint") from error
-    return network.eval()
+        raise checkpoint.CheckpointError(f"{path} holds no weights of this model. Give another checkpoint") from error
+    return model.eval()
 
 
 def default_checkpoint() -> Path:
@@ -97,29 +93,18 @@ def default_checkpoint() -> Path:
     return checkpoint.BEST if checkpoint.BEST.exists() else checkpoint.PUBLISHED
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is any, else the CPU. Raises DeviceError."""
-    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"{name} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Try --device cpu")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
 def grade(
-    path: Path, device: str = Config.device, data_dir: str = Config.data_dir, batch: int = BATCH
+    path: Path, device: str = Config.device, data_dir: str = Config.data_dir, batch_size: int = BATCH_SIZE
 ) -> dict[str, Any]:
-    """Operations, size and test scores of a checkpoint, with what it is.
-
-    Raises CheckpointError, DataError, DeviceError.
-    """
-    config = Config(device=device, data_dir=data_dir)
-    where = choose_device(config.device)
+    """Operations, size and test scores of a checkpoint, with what it is. Raises UserError."""
+    where = choose_device(device)
     content = checkpoint.load(path)
-    network = load_network(content, path).to(where, memory_format=torch.channels_last)
-    operations, size = measure(network)
+    model = load_model(content, path).to(where, memory_format=torch.channels_last)
+    operations, size_kb = count_cost(model)
     dataset = content["config"]["dataset"]
-    test = data.load_test(replace(config, dataset=dataset)).to(where)
+    test = load_test(dataset, data_dir).to(where)
     start = time.perf_counter()
-    scores = evaluate(network, test, batch)
+    scores = evaluate(model, test, batch_size)
     return {
         "checkpoint": str(path),
         "experiment": content["config"]["experiment"],
@@ -128,7 +113,7 @@ def grade(
         "dataset": dataset,
         "images": len(test.labels),
         "flops": operations,
-        "size_kb": size,
+        "size_kb": size_kb,
         "accuracy": scores.top1,
         "top5": scores.top5,
         "loss": scores.loss,
@@ -136,7 +121,7 @@ def grade(
     }
 
 
-def report(result: dict[str, Any]) -> str:
+def format_grade(result: dict[str, Any]) -> str:
     """What was graded, and the grade: its last three lines are those of the claim."""
     return (
         "Graded {checkpoint} (experiment {experiment}, epoch {epoch}, {date}) on {images} {dataset} test images\n"
@@ -147,53 +132,13 @@ def report(result: dict[str, Any]) -> str:
     ).format(**result)
 
 
-def publish(run: Path) -> dict[str, Any]:
-    """Grade a finished run's best weights once on the test set and write them as the published checkpoint."""
-    last, best = checkpoint.load(run / "last.pth"), checkpoint.load(run / "best.pth")
-    if best["config"]["dataset"] != "cifar100":
-        raise checkpoint.CheckpointError(f"{run} was trained on {best['config']['dataset']} data: not published")
-    if last["epoch"] < last["config"]["epochs"]:
-        raise checkpoint.CheckpointError(
-            f"{run} has finished {last['epoch']} of {last['config']['epochs']} epochs. "
-            f"First finish it: python train.py --resume {shlex.quote(str(run))}"
-        )
-    chosen_by = choice() if best["config"]["experiment"] == "scratch" else {}
-    result = grade(run / "best.pth", data_dir=best["config"]["data_dir"])
-    provenance = {
-        "run": run.name,
-        "test": {name: result[name] for name in ("accuracy", "top5", "loss", "images")},
-        "history": last["history"],
-        "choice": chosen_by,
-        "digests": data.SHA256,
-    }
-    checkpoint.save(checkpoint.PUBLISHED, best | provenance)
-    return result | {"checkpoint": str(checkpoint.PUBLISHED)}
-
-
-def choice() -> dict[str, float]:
-    """The validation accuracy in % that each comparison of the README's table ended with, of those logged by now."""
-    figures = {}
-    for path in sorted(Path("docs/logs").glob("ablation-*.csv")):
-        with path.open() as file:
-            figures[path.stem] = float(list(csv.DictReader(file))[-1]["validation_accuracy"])
-    return figures
-
-
-def keep_freed_memory() -> None:
-    """Stop glibc from giving freed memory back after each operation: the page faults cost a CPU a quarter of a
-    training step and most of the time of grading."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 16 * 2**20), (-8, 1)):
-            mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
-
-
+@program("evaluate.py")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     parser.add_argument("--device", default=Config.device, help="auto, cpu, cuda or cuda:N [%(default)s]")
     parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
-    parser.add_argument("--batch_size", type=int, default=BATCH, help="images a forward pass [%(default)s]")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="images a forward pass [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
@@ -203,13 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     keep_freed_memory()
-    try:
-        path = arguments.checkpoint or default_checkpoint()
-        result = grade(path, arguments.device, arguments.data_dir, arguments.batch_size)
-    except (checkpoint.CheckpointError, data.DataError, DeviceError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(result) if arguments.json else report(result))
+    path = arguments.checkpoint or default_checkpoint()
+    result = grade(path, arguments.device, arguments.data_dir, arguments.batch_size)
+    print(json.dumps(result) if arguments.json else format_grade(result))
     return 0
 
 

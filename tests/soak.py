@@ -1,8 +1,6 @@
 """Kill training runs and damage files at random: python -m tests.soak --kills 50, or --damage 200."""
 
 import argparse
-import csv
-import hashlib
 import multiprocessing
 import random
 import sys
@@ -10,7 +8,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,26 +20,19 @@ import checkpoint
 import data
 import evaluate
 import train
-from config import Config
+from config import Config, preset
 from model import MobileNetV3
+from tests.helpers import log_rows, small_set, taken_for_official
 
-# Runs are forked from a server that has imported torch once, and where nothing else has run: autograd bears no fork.
+# Runs are forked from a server that has imported torch once and has run nothing: autograd does not survive a fork.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "tools.curves", "torchvision.transforms.v2"])
-SMALL = {"train": 3, "test": 2}  # images a class of the stand-in for the official set
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    """log.csv without its timing columns."""
-    with (folder / "log.csv").open() as file:
-        timing = ("seconds", "images_per_second")
-        return [{name: cell for name, cell in row.items() if name not in timing} for row in csv.DictReader(file)]
+SERVER.set_forkserver_preload(["train", "matplotlib.figure", "torchvision.transforms.v2"])
 
 
 def outcome(folder: Path) -> str:
     """A digest of all that a run must end with: weights, optimizer, schedule and log."""
     last, best = checkpoint.load(folder / "last.pth"), checkpoint.load(folder / "best.pth")
-    return checkpoint.digest({"state": last["state"], "best": best["weights"], "log": rows(folder)})
+    return checkpoint.digest({"state": last["state"], "best": best["weights"], "log": log_rows(folder)})
 
 
 def run(config: Config, folder: Path | None) -> None:
@@ -66,7 +56,7 @@ def check_killed(folder: Path, printed: str) -> int:
     kept = checkpoint.load(folder / "last.pth")["epoch"] if (folder / "last.pth").exists() else 0
     assert kept >= printed.count("Learning Rate"), "an epoch was reported as finished, and is lost"
     if (folder / "log.csv").exists():
-        assert len(rows(folder)) in (kept, kept - 1)
+        assert len(log_rows(folder)) in (kept, kept - 1)
     if (folder / "curves.png").exists():
         assert (folder / "curves.png").read_bytes().endswith(b"IEND\xaeB`\x82")
     return kept
@@ -78,11 +68,12 @@ def kill(count: int, seed: int, bound: float = 1500) -> tuple[int, int, int]:
     How many were killed, how many of them before there was a run, and how many were resumed and ended identical.
     """
     rng, killed, early, identical, begun = random.Random(seed), 0, 0, 0, time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        runs = Path(place, "runs")
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = Path(temporary, "runs")
+        changed = {"epochs": 3, "validation_per_class": 1, "batch_size": 40, "ema": 0.9, "mixup": 0.2, "dropout": 0.1}
         config = Config(
-            epochs=3, dataset="synthetic", images_per_class=3, validation_per_class=1, batch_size=40, ema=0.9,
-            mixup=0.2, dropout=0.1, device="cpu", threads=1, runs_dir=str(runs), seed=seed % 1000,
+            **preset("scratch") | changed, dataset="synthetic", images_per_class=3, device="cpu", threads=1,
+            runs_dir=str(runs), seed=seed % 1000,
         )  # fmt: skip
         start(config).join()
         (undisturbed,) = runs.iterdir()
@@ -102,25 +93,16 @@ def kill(count: int, seed: int, bound: float = 1500) -> tuple[int, int, int]:
                 early += 1  # nothing is lost: the user starts it again
                 continue
             (folder,) = new
-            kept = check_killed(folder, Path(place, "printed.txt").read_text())
-            again = checkpoint.run_config(folder, {})
-            assert asdict(again) == asdict(config)
+            kept = check_killed(folder, Path(temporary, "printed.txt").read_text())
+            again = train.resumed_config(folder, {})
+            assert again == config
             start(again, folder).join()
-            resumed = Path(place, "printed.txt").read_text()
+            resumed = Path(temporary, "printed.txt").read_text()
             assert resumed.count("Train Loss") == config.epochs - kept, "more than the current epoch was repeated"
             names = {path.name for path in folder.iterdir()}
             assert names == {"config.json", "log.csv", "last.pth", "best.pth", "curves.png"}, names
             identical += outcome(folder) == expected
     return killed, early, identical
-
-
-class Bomb:
-    """Code that runs where it is unpickled."""
-
-    exploded = False
-
-    def __reduce__(self) -> tuple:
-        return setattr, (Bomb, "exploded", True)
 
 
 def damages(rng: random.Random) -> dict[str, Callable[[Path], Any]]:
@@ -141,37 +123,20 @@ def damages(rng: random.Random) -> dict[str, Callable[[Path], Any]]:
     return {"truncated": truncate, "bit flipped": flip, "empty": lambda path: path.write_bytes(b""), "folder": folder}
 
 
-def small_set() -> dict[str, np.ndarray]:
-    """A synthetic stand-in for the official arrays."""
-    arrays = {}
-    for source, per_class in SMALL.items():
-        images, labels = data.synthetic(per_class, seed=1)
-        arrays[f"{source}_images"] = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
-        arrays[f"{source}_labels"] = labels.numpy().astype(np.uint8)
-    return arrays
-
-
-def taken_for_official(arrays: dict[str, np.ndarray]) -> Any:
-    """A context in which the program takes these arrays' shapes and digests for the official ones."""
-    digests = {name: hashlib.sha256(arrays[name].tobytes()).hexdigest() for name in data.SHA256}
-    shapes = {name: array.shape for name, array in arrays.items()}
-    return mock.patch.multiple(data, SHA256=digests, SHAPES=shapes)
-
-
 def damage(count: int, seed: int) -> tuple[int, int, int]:
     """Damage a checkpoint and a data file `count` times in each way; how many were refused, harmless, accepted."""
     rng, tally = random.Random(seed), {"refused": 0, "harmless": 0, "accepted": 0}
     torch.manual_seed(seed)
-    network, arrays = MobileNetV3(), small_set()
-    with tempfile.TemporaryDirectory() as place, taken_for_official(arrays):
-        pth, npz = Path(place, "some.pth"), Path(place, "cifar100.npz")
-        checkpoint.save(pth, {"epoch": 1, "weights": network.state_dict()})
+    model, arrays = MobileNetV3(), small_set()
+    with tempfile.TemporaryDirectory() as temporary, taken_for_official(arrays):
+        pth, npz = Path(temporary, "some.pth"), Path(temporary, "cifar100.npz")
+        checkpoint.save(pth, {"epoch": 1, "weights": model.state_dict()})
         np.savez(npz, **arrays)
         wholes = {pth: pth.read_bytes(), npz: npz.read_bytes()}
 
         def read_checkpoint() -> Any:
             content = checkpoint.load(pth)
-            evaluate.load_network(content, pth)
+            evaluate.load_model(content, pth)
             return content["weights"]
 
         readers = {pth: read_checkpoint, npz: lambda: data.read(npz, "train") | data.read(npz, "test")}
@@ -195,13 +160,13 @@ def damage(count: int, seed: int) -> tuple[int, int, int]:
                     if path.is_dir():
                         path.rmdir()
         for _ in range(count):
-            weights = dict(network.state_dict())
+            weights = dict(model.state_dict())
             name = rng.choice(sorted(weights))
-            weights[name] = torch.zeros(7)  # another network's
+            weights[name] = torch.zeros(7)  # another model's
             checkpoint.save(pth, {"epoch": 1, "weights": weights})
             judge(pth)
             with mock.patch.object(checkpoint, "FORMAT", rng.randrange(2, 1000)):
-                checkpoint.save(pth, {"epoch": 1, "weights": network.state_dict()})
+                checkpoint.save(pth, {"epoch": 1, "weights": model.state_dict()})
             judge(pth)
     return tally["refused"], tally["harmless"], tally["accepted"]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import checkpoint
-import soak
+import utils
+from tests.helpers import Bomb
 
 CONTENT = {
     "weights": {"a": torch.arange(600.0).view(20, 30), "b": torch.tensor(3)},
@@ -23,7 +24,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "some.pth"
 
 
-def test_what_is_saved_comes_back(path: Path) -> None:
+def test_load_gives_what_was_saved(path: Path) -> None:
     content = checkpoint.load(path)
     assert content.pop("format") == checkpoint.FORMAT
     assert checkpoint.digest(content) == checkpoint.digest(CONTENT)
@@ -67,11 +68,11 @@ def test_a_truncated_file_is_refused(path: Path) -> None:
 
 
 def test_code_in_a_checkpoint_does_not_run(path: Path) -> None:
-    torch.save({"format": 1, "weights": soak.Bomb(), "digest": ""}, path)
+    torch.save({"format": 1, "weights": Bomb(), "digest": ""}, path)
     with pytest.raises(checkpoint.CheckpointError, match="more than plain data") as caught:
         checkpoint.load(path)
     assert "\n" not in str(caught.value)
-    assert not soak.Bomb.exploded
+    assert not Bomb.exploded
 
 
 def test_other_files_are_refused(path: Path) -> None:
@@ -97,7 +98,7 @@ def test_a_failed_write_leaves_the_old_file(path: Path) -> None:
     good, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (99, limits[1]))
-        with pytest.raises(checkpoint.CheckpointError, match=r"some.pth cannot be written: File too large. Stopped"):
+        with pytest.raises(utils.UserError, match=r"some.pth cannot be written: File too large. Stopped"):
             checkpoint.save(path, {"weights": {}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

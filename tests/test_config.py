@@ -1,15 +1,29 @@
-"""Settings: types, ranges, named sets and the command line."""
+"""Settings: types, bounds, presets, older runs and the command line."""
 
-import signal
-import subprocess
+import ast
 import sys
 from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-from config import EXPERIMENTS, Config, changes, describe_sets, parse_command_line
+import checkpoint
+import config as settings
+from config import (
+    OLD_NAMES,
+    PRESETS,
+    Config,
+    base_recipe,
+    changes,
+    describe_presets,
+    parse_command_line,
+    preset,
+    restore,
+)
 
-RECIPE = {f.name for f in fields(Config) if not f.metadata["run"]}
+RECIPE = {f.name for f in fields(Config) if f.metadata["recipe"]}
 WRONG = {
     int: (1.5, "1", None, True),
     float: ("1", None, True, float("nan")),
@@ -19,12 +33,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Config)])
-def test_every_field_refuses_wrong_types_and_values(name: str) -> None:
+def test_wrong_types_and_values_are_refused(name: str) -> None:
     (f,) = (f for f in fields(Config) if f.name == name)
     bad = list(WRONG[f.type])
     if f.type in (int, float):
-        low, high = f.metadata["low"], f.metadata["high"]
-        assert -float("inf") < low < high < float("inf"), "a number without a range"
+        low, high = f.metadata["min"], f.metadata["max"]
+        assert -float("inf") < low < high < float("inf"), "a number without bounds"
         bad += [f.type(low) - 1, f.type(high) + 1]
     if f.metadata["choices"] or f.metadata["pattern"]:
         bad.append("no such / value")
@@ -35,24 +49,102 @@ def test_every_field_refuses_wrong_types_and_values(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "contradicting",
     [
         {"images_per_class": 20, "validation_per_class": 20},
         {"schedule": "cosine", "lr_step": 3},
     ],
 )
-def test_contradictions_are_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        Config(**settings)
+def test_contradictions_are_refused(contradicting: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(contradicting))):
+        Config(**contradicting)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_named_set_fixes_the_whole_recipe(name: str) -> None:
-    assert EXPERIMENTS[name].keys() == RECIPE
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fixes_the_whole_recipe(name: str) -> None:
+    assert preset(name).keys() == RECIPE
+    assert PRESETS[name].keys() <= RECIPE
     config = parse_command_line(["--experiment", name]).config
-    assert {key: asdict(config)[key] for key in RECIPE} == EXPERIMENTS[name]
+    assert {key: asdict(config)[key] for key in RECIPE} == preset(name)
     assert changes(config) == {}
     assert changes(replace(config, epochs=7)) == {"epochs": 7}
+
+
+def other_default(field: str, value: Any) -> Any:
+    """Another value of the same type."""
+    choices = next(f for f in fields(Config) if f.name == field).metadata["choices"]
+    if choices:
+        return next(choice for choice in choices if choice != value)
+    return not value if isinstance(value, bool) else value + 1
+
+
+def with_edited_defaults(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """config.py as if a user had edited the default of every setting of the recipe."""
+    tree = ast.parse(Path(settings.__file__).read_text())
+    (config_class,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    edited = set()
+    for node in config_class.body:
+        if isinstance(node, ast.AnnAssign) and node.target.id in RECIPE:
+            default = node.value.args[0]
+            node.value.args[0] = ast.Constant(other_default(node.target.id, ast.literal_eval(default)))
+            edited.add(node.target.id)
+    assert edited == RECIPE
+    module = ModuleType("edited_config")
+    monkeypatch.setitem(sys.modules, "edited_config", module)
+    exec(compile(ast.fix_missing_locations(tree), "edited_config", "exec"), module.__dict__)
+    assert all(getattr(module.Config, name) != getattr(Config, name) for name in RECIPE)
+    return module
+
+
+def test_editing_a_default_moves_no_preset_and_no_older_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    edited = with_edited_defaults(monkeypatch)
+    for name in PRESETS:
+        assert edited.preset(name) == preset(name)
+        assert asdict(edited.Config(**edited.preset(name))) == asdict(Config(**preset(name)))
+    assert asdict(edited.restore({})) == asdict(restore({}))
+
+
+def test_a_setting_that_an_older_run_lacks_is_off() -> None:
+    base = {
+        "optimizer": "adamw", "schedule": "step", "warmup_epochs": 0, "label_smoothing": 0, "dropout": 0, "ema": 0,
+        "flip": False, "crop_padding": 0, "trivial_augment": 0, "cutout": 0, "mixup": 0, "cutmix": 0,
+        "small_fraction": 0,
+    }  # fmt: skip
+    assert base.items() <= asdict(restore({})).items()
+    on = Config(**preset("scratch") | {"schedule": "step", "lr_step": 3, "cutout": 8, "mixup": 0.2, "mix_prob": 0.5})
+    for name in RECIPE:
+        older = asdict(on)
+        del older[name]
+        (f,) = (f for f in fields(Config) if f.name == name)
+        assert restore(older) == replace(on, **{name: f.metadata["base"]}), name
+
+
+def test_unknown_settings_are_refused() -> None:
+    for unknown in ("cutout_size", "__class__"):
+        with pytest.raises(ValueError, match=f"newer version .* {unknown}") as caught:
+            restore(asdict(Config()) | {unknown: 1})
+        assert "\n" not in str(caught.value)
+
+
+def test_wrong_values_of_an_older_run_are_refused() -> None:
+    with pytest.raises(ValueError, match="epochs must be between"):
+        restore(asdict(Config()) | {"epochs": 0})
+
+
+def test_old_names_are_read() -> None:
+    older = asdict(replace(Config(), mix_prob=0.3, small_fraction=0.7))
+    for old, new in (("mix_share", "mix_prob"), ("small_share", "small_fraction")):
+        older[old] = older.pop(new)
+    restored = restore(older)
+    assert (restored.mix_prob, restored.small_fraction) == (0.3, 0.7)
+    assert not OLD_NAMES.keys() & asdict(restored).keys()
+    assert set(OLD_NAMES.values()) <= asdict(restored).keys()
+
+
+def test_the_published_checkpoints_settings_are_scratchs() -> None:
+    restored = restore(checkpoint.load(checkpoint.PUBLISHED)["config"])
+    assert restored.experiment == "scratch"
+    assert changes(restored) == {}
 
 
 def test_published_experiments() -> None:
@@ -66,9 +158,12 @@ def test_published_experiments() -> None:
         "result6": (130, 38, 0.5, 0.0),
     }
     for name, values in expected.items():
-        recipe = EXPERIMENTS[name]
+        recipe = preset(name)
         assert (recipe["epochs"], recipe["lr_step"], recipe["lr_gamma"], recipe["dropout"]) == values
         assert (recipe["optimizer"], recipe["lr"], recipe["weight_decay"]) == ("adamw", 1e-2, 1e-4)
+        assert (recipe["schedule"], recipe["batch_size"], recipe["decay_norms"]) == ("step", 128, True)
+        off = ("warmup_epochs", "label_smoothing", "ema", "flip", "crop_padding", "trivial_augment", "cutout")
+        assert not any(recipe[technique] for technique in (*off, "mixup", "cutmix", "small_fraction"))
 
 
 def test_a_resumed_runs_settings_are_not_checked_against_the_defaults() -> None:
@@ -77,33 +172,34 @@ def test_a_resumed_runs_settings_are_not_checked_against_the_defaults() -> None:
     assert arguments.given == {"lr_step": 38}
 
 
-def test_a_folder_that_a_shell_variable_left_empty_is_no_training() -> None:
+def test_an_empty_folder_name_is_no_new_training() -> None:
+    """As a shell variable that is not set gives it."""
     assert parse_command_line(["--resume", ""]).resume is not None
-    assert parse_command_line(["--publish", ""]).publish is not None
+    assert parse_command_line([]).resume is None
 
 
-def test_flags_override_a_named_set() -> None:
+def test_flags_override_a_preset() -> None:
     arguments = parse_command_line(["--experiment", "result6", "--epochs", "3", "--flip"])
-    assert arguments.config == Config(**(EXPERIMENTS["result6"] | {"experiment": "result6", "epochs": 3, "flip": True}))
+    assert arguments.config == Config(**(preset("result6") | {"experiment": "result6", "epochs": 3, "flip": True}))
     assert arguments.given == {"experiment": "result6", "epochs": 3, "flip": True}
+    assert parse_command_line(["--no-flip", "--ema", "0.5"]).config == Config(flip=False, ema=0.5)
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         ["--no_such_flag"],
+        ["no_such_argument"],
         ["--epoch", "3"],
         ["--epochs", "many"],
         ["--epochs", "0"],
         ["--lr", "nan"],
         ["--experiment", "result7"],
         ["--device", "tpu"],
+        ["--schedule", "linear"],
         ["--schedule", "cosine", "--lr_step", "4"],
-        ["--seeds", "2", "--validation_per_class", "0"],
-        ["--resume", "runs/x", "--seeds", "2"],
         ["--resume", "runs/x", "--device", "tpu"],
-        ["--publish", "runs/x", "--epochs", "3"],
-        ["--seed", "1000000", "--seeds", "2"],
+        ["--small_share", "0.5"],
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(flags: list[str], capsys: pytest.CaptureFixture) -> None:
@@ -113,36 +209,21 @@ def test_a_wrong_command_line_is_one_line_and_code_2(flags: list[str], capsys: p
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_sets_are_described_with_their_figures() -> None:
-    config = EXPERIMENTS["result6"] | {"experiment": "result6"}
-    lines = describe_sets({"config": config, "test": {"accuracy": 12.5}}).splitlines()
-    (place,) = (i for i, line in enumerate(lines) if line.startswith("result6: "))
-    for key, value in EXPERIMENTS["result6"].items():
-        assert (f"{key}={value}" in lines[place]) == (value != getattr(Config, key))
-    assert "86.95 %" in lines[place + 1]
-    assert lines[place + 2].endswith("12.50 %")
-    assert sum("measured" in line for line in lines) == 1
-    changed = describe_sets({"config": config | {"epochs": 3}, "test": {"accuracy": 12.5}})
-    assert "measured" not in changed, "another recipe's figure is not the set's"
+def test_presets_are_described_by_what_they_change() -> None:
+    """The base recipe whole, and what each preset changes in it."""
+    described = " ".join(describe_presets().split())
+    for name, recipe in {"the base recipe": base_recipe(), **PRESETS}.items():
+        assert f"{name}: {', '.join(f'{key}={value}' for key, value in recipe.items())}" in described
+        assert preset(name) == base_recipe() | recipe if name in PRESETS else recipe.keys() == RECIPE
 
 
-def test_help_names_every_setting_and_does_not_import_torch() -> None:
-    command = [sys.executable, "-X", "importtime", "train.py", "-h"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert all(f"--{f.name}" in shown.stdout for f in fields(Config))
-    imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
-    assert "argparse" in imported
-    assert "torch" not in imported
-
-
-def test_an_interrupted_program_shows_no_traceback() -> None:
-    """Nor one whose reader has gone; anything else does."""
-    for code, ending, errors in (
-        ("raise KeyboardInterrupt", -signal.SIGINT, ""),
-        ("raise ValueError(2)", 1, "ValueError: 2\n"),
-    ):
-        done = subprocess.run([sys.executable, "-c", f"import config; {code}"], capture_output=True, text=True)
-        assert (done.returncode, done.stderr[-14:]) == (ending, errors)
-    command = f"{sys.executable} -c 'import config; [print(i, flush=True) for i in range(100000)]' | head -n 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("0\n", "")
+def test_help_lists_every_setting_and_the_presets(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line(["-h"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for f in fields(Config):
+        assert f"--{f.name}" in shown
+        assert f.name == "experiment" or f"[{f.default}]" in shown
+    assert "--resume" in shown
+    assert describe_presets() in shown

@@ -1,15 +1,13 @@
-"""Comparing runs: the table, the notes and the picture."""
+"""Comparing runs: the table, the notes and the figure."""
 
 import json
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 import checkpoint
-from config import Config
+from config import Config, preset
 from tools import curves
 
 
@@ -21,39 +19,40 @@ def write_run(folder: Path, config: Config, accuracies: list[float | None]) -> P
     for epoch, value in enumerate(accuracies, start=1):
         row = dict.fromkeys(checkpoint.COLUMNS, 1.0) | {"epoch": epoch, "train_accuracy": 50.0}
         rows.append(row | {"validation_loss": value and 1.0, "validation_accuracy": value})
-    checkpoint.write_log(folder, rows)
+    checkpoint.write_log(folder / "log.csv", rows)
     return folder
 
 
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     a = write_run(tmp_path / "a", Config(), [10.0, 30.0, 20.0])
     b = write_run(tmp_path / "b", replace(Config(), epochs=7), [None, None])
-    picture = tmp_path / "curves.png"
-    assert curves.main([str(a), str(b), "--output", str(picture)]) == 0
+    output = tmp_path / "new" / "curves.png"
+    assert curves.main([str(a), str(b), "--output", str(output)]) == 0
     _, first, second, *notes = capsys.readouterr().out.splitlines()
     assert first.split() == ["a", "3", "2", "30.00", "50.00", "20.00", "1"]
     assert second.split() == ["b", "2", "2", "-", "50.00", "-", "1"]
     assert notes[:2] == ["a changed nothing", "b changed epochs=7"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert output.read_bytes().startswith(b"\x89PNG")
 
 
-def test_another_versions_settings_are_named(tmp_path: Path) -> None:
-    """Today's defaults say nothing about a run that was made before a setting existed."""
+def test_an_older_runs_missing_setting_is_off(tmp_path: Path) -> None:
+    """Also under a setting's old name. A setting that is not known is named."""
+    stored = asdict(Config(**preset("result6"), experiment="result6"))
+    del stored["trivial_augment"]
+    stored["small_share"] = stored.pop("small_fraction")
     folder = write_run(tmp_path / "old", Config(), [10.0])
-    stored = asdict(Config())
-    del stored["small_share"]
     (folder / "config.json").write_text(json.dumps(stored))
-    assert curves.note(folder).startswith("old: settings unknown (written by another version")
-    assert curves.note(folder).endswith("small_share)")
+    assert curves.note(folder) == "old changed nothing"
+    (folder / "config.json").write_text(json.dumps(stored | {"teacher": "best"}))
+    assert curves.note(folder).startswith("old: settings unknown (") and "teacher" in curves.note(folder)
+    (folder / "config.json").write_text("[]")
+    assert curves.note(folder).startswith("old: settings unknown (")
 
 
-def test_only_steps_of_the_learning_rate_are_marked() -> None:
-    cosine = [1 + math.cos(math.pi * epoch / 130) for epoch in range(130)]
-    steps = [0.5 ** (epoch // 38) for epoch in range(130)]
-    for rates, marked in ((cosine, []), (steps, [38.5, 76.5, 114.5])):
-        axes = Figure().subplots()
-        curves.mark_decays(axes, [{"epoch": epoch, "lr": rate} for epoch, rate in enumerate(rates, start=1)])
-        assert [line.get_xdata()[0] for line in axes.lines] == marked
+def test_read_log_gives_the_rows_that_were_written(tmp_path: Path) -> None:
+    rows = [dict.fromkeys(checkpoint.COLUMNS, 1 / 3) | {"epoch": epoch} for epoch in (1, 2)]
+    checkpoint.write_log(tmp_path / "log.csv", rows)
+    assert curves.read_log(tmp_path / "log.csv") == rows
 
 
 def test_a_folder_that_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -64,13 +63,13 @@ def test_a_folder_that_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytes
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "no log.csv" in error(tmp_path)
+    assert "log.csv cannot be used" in error(tmp_path)
     log = write_run(tmp_path / "a", Config(), [10.0, 30.0]) / "log.csv"
     whole = log.read_text()
     for damaged in (whole.rpartition(",1.0,")[0], whole.replace("50.0", "", 1), whole.replace("30.0", "")):
         log.write_text(damaged)
         assert error(log.parent).endswith("cells are empty")
     log.write_text(whole)
-    (log.parent / "config.json").write_text("{}")
-    assert "experiment" in error(log.parent)
+    (log.parent / "config.json").unlink()
+    assert "config.json" in error(log.parent)
     assert not (tmp_path / "curves.png").exists()

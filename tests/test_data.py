@@ -14,8 +14,8 @@ import torch
 from torchvision.datasets import CIFAR100
 
 import data
-import soak
-from config import Config
+from synthetic import synthetic
+from tests.helpers import Bomb, small_set, taken_for_official
 
 Arrays = dict[str, np.ndarray]
 
@@ -23,8 +23,8 @@ Arrays = dict[str, np.ndarray]
 @pytest.fixture
 def small() -> Iterator[Arrays]:
     """A stand-in for the official arrays, whose digests the program takes for the official ones."""
-    arrays = soak.small_set()
-    with soak.taken_for_official(arrays):
+    arrays = small_set()
+    with taken_for_official(arrays):
         yield arrays
 
 
@@ -40,10 +40,10 @@ def write_official(folder: Path, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
 
     for source in ("train", "test"):
         images, labels = arrays[f"{source}_images"], arrays[f"{source}_labels"]
-        places = np.argsort(rng.permutation(labels), kind="stable")  # shuffled, but each label's images in order
+        indices = np.argsort(rng.permutation(labels), kind="stable")  # shuffled, but each label's images in order
         rows, names = np.empty((len(labels), 3072), np.uint8), np.empty(len(labels), int)
-        rows[places] = images.transpose(0, 3, 1, 2).reshape(-1, 3072)
-        names[places] = labels
+        rows[indices] = images.transpose(0, 3, 1, 2).reshape(-1, 3072)
+        names[indices] = labels
         files = write(source, {"data": rows, "fine_labels": names.tolist()})
         monkeypatch.setattr(CIFAR100, f"{source}_list", files)
     ((_, digest),) = write("meta", {"fine_label_names": [str(label) for label in range(100)]})
@@ -62,31 +62,31 @@ def test_official_files_give_the_official_digests(images: str, request, tmp_path
         assert np.array_equal(built[f"{source}_labels"], arrays[f"{source}_labels"])
 
 
-def test_mean_and_deviation_are_the_training_images(cifar100: Arrays) -> None:
+def test_mean_and_std_are_the_training_images(cifar100: Arrays) -> None:
     """From exact sums over all pixels."""
     counts = np.stack([np.bincount(cifar100["train_images"][..., c].ravel(), minlength=256) for c in range(3)])
     values = np.arange(256) / 255
     mean = (counts * values).sum(1) / counts.sum(1)
-    deviation = np.sqrt((counts * values**2).sum(1) / counts.sum(1) - mean**2)
+    std = np.sqrt((counts * values**2).sum(1) / counts.sum(1) - mean**2)
     assert np.allclose(mean, data.MEAN, atol=1e-9)
-    assert np.allclose(deviation, data.STD, atol=1e-9)
+    assert np.allclose(std, data.STD, atol=1e-9)
 
 
-def test_an_archive_put_there_by_hand_is_used_without_a_network(small: Arrays, tmp_path: Path, monkeypatch) -> None:
+def test_an_archive_put_there_by_hand_needs_no_network(small: Arrays, tmp_path: Path, monkeypatch) -> None:
     folder = write_official(tmp_path / "elsewhere", small, monkeypatch)
     archive = tmp_path / CIFAR100.filename
     with tarfile.open(archive, "w:gz") as file:
         file.add(folder, CIFAR100.base_folder)
     monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/nothing-listens-here")
-    loaded = data.load_training(Config(data_dir=str(tmp_path), validation_per_class=1))[0]
+    loaded = data.load_training("cifar100", str(tmp_path), validation_per_class=1)[0]
     assert loaded.images.shape == (200, 3, 32, 32)
 
 
 def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/nothing-listens-here")
     with pytest.raises(data.DataError) as caught:
-        data.load_training(Config(data_dir=str(tmp_path)))
+        data.load_training("cifar100", str(tmp_path), 50)
     message = str(caught.value)
     assert "\n" not in message
     for needed in (str(tmp_path / "cifar100.npz"), "127.0.0.1:9", "cifar-100-python.tar.gz", "--dataset synthetic"):
@@ -105,7 +105,7 @@ def damage_flip(path: Path) -> None:
 
 def damage_pickle(path: Path) -> None:
     """An object array whose unpickling would run code."""
-    np.savez(path, train_images=np.array([soak.Bomb()], dtype=object), train_labels=np.zeros(1))
+    np.savez(path, train_images=np.array([Bomb()], dtype=object), train_labels=np.zeros(1))
 
 
 def damage_shape(path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_refused(small: Arrays, damage, tmp_path: Path) -> Non
     with pytest.raises(data.DataError, match=r"cifar100.npz is damaged.*Delete it") as caught:
         data.read(path, "train")
     assert "\n" not in str(caught.value)
-    assert not soak.Bomb.exploded
+    assert not Bomb.exploded
 
 
 def test_split_is_balanced_disjoint_and_always_the_same() -> None:
@@ -167,26 +167,32 @@ def test_split_is_balanced_disjoint_and_always_the_same() -> None:
     assert len(data.split(labels, 0)[0]) == 50_000
 
 
-def test_synthetic_is_deterministic_and_its_test_part_another() -> None:
-    images, labels = data.synthetic(2, seed=0)
+def test_normalise_follows_its_formula() -> None:
+    images = synthetic(1, seed=3)[0]
+    expected = (images.numpy() / 255 - np.reshape(data.MEAN, (3, 1, 1))) / np.reshape(data.STD, (3, 1, 1))
+    result = data.normalise(images)
+    assert np.allclose(result, expected, atol=1e-5)
+    assert (result.dtype, result.is_contiguous(memory_format=torch.channels_last)) == (torch.float32, True)
+
+
+def test_synthetic_is_deterministic_and_its_test_images_are_others() -> None:
+    images, labels = synthetic(2, seed=0)
     assert (images.shape, images.dtype, labels.bincount().tolist()) == ((200, 3, 32, 32), torch.uint8, [2] * 100)
-    assert torch.equal(data.synthetic(2, seed=0)[0], images)
-    assert not torch.equal(data.synthetic(2, seed=1)[0], images)
-    config = Config(dataset="synthetic", images_per_class=20, validation_per_class=0)
-    train, test = data.load_training(config)[0], data.load_test(config)
+    assert torch.equal(synthetic(2, seed=0)[0], images)
+    assert not torch.equal(synthetic(2, seed=1)[0], images)
+    train, test = data.load_training("synthetic", "", 0, images_per_class=20)[0], data.load_test("synthetic", "")
     assert train.images.shape == test.images.shape
     assert not torch.equal(train.images, test.images)
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(data.DataError, match="validation_per_class 300 leaves no image"):
-        data.load_training(Config(dataset="synthetic", validation_per_class=300, images_per_class=0))
+        data.load_training("synthetic", "", validation_per_class=300)
 
 
 def test_synthetic_is_not_solved_by_a_linear_classifier() -> None:
     """Ridge regression of the labels on the pixels, best of three strengths on the test part."""
-    config = Config(dataset="synthetic", validation_per_class=0)
-    train, test = data.load_training(config)[0], data.load_test(config)
+    train, test = data.load_training("synthetic", "", 0)[0], data.load_test("synthetic", "")
     x, unseen = (part.images.flatten(1).float() / 255 - 0.5 for part in (train, test))
     target = torch.nn.functional.one_hot(train.labels, 100).float() - 0.01
     gram, moment = x.T @ x, x.T @ target

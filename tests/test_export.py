@@ -1,4 +1,4 @@
-"""Exported files: the same answers as the checkpoint, self-contained, labelled, and refused where they are wrong."""
+"""Exported files give the checkpoint's probabilities, need no other file, and carry the labels."""
 
 import importlib.util
 import json
@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 import data
-from test_predict import write_checkpoint
+from synthetic import synthetic
+from tests.helpers import write_checkpoint
 from tools import export
 from tools.labels import NAMES, SUPERCLASSES, class_names
 from tools.predict import probabilities
+from utils import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,7 @@ def logging_again() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def test_labels() -> None:
+def test_labels_are_in_the_official_order() -> None:
     assert len(SUPERCLASSES) == 20 and all(len(names) == 5 for names in SUPERCLASSES.values())
     assert len(set(NAMES)) == 100
     assert [NAMES[label] for label in (0, 1, 47, 58, 99)] == [
@@ -38,41 +40,41 @@ def test_labels() -> None:
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
-    """Three synthetic images, as the files take them and as the network does."""
-    pictures = data.synthetic(1, seed=5)[0][[3, 50, 99]]
-    return pictures.permute(0, 2, 3, 1).contiguous(), pictures
+    """Three synthetic images, in the layout of the files and in the model's."""
+    planes = synthetic(1, seed=5)[0][[3, 50, 99]]
+    return planes.permute(0, 2, 3, 1).contiguous(), planes
 
 
-def test_pt2(network: nn.Module, tmp_path: Path, capsys) -> None:
-    source, path = write_checkpoint(tmp_path / "any.pth", network), tmp_path / "any.pt2"
+def test_pt2_gives_the_checkpoints_probabilities(model: nn.Module, tmp_path: Path, capsys) -> None:
+    source, path = write_checkpoint(tmp_path / "any.pth", model), tmp_path / "any.pt2"
     assert export.main([str(path), "--checkpoint", str(source)]) == 0
     output = capsys.readouterr()
     assert output.err == ""
     first, second = output.out.splitlines()
     assert str(source) in first and "2026-01-01" in first and str(path) in first
-    assert "1000 synthetic test images: same first guess on 1000" in second
+    assert "1000 synthetic test images: same top-1 class on 1000" in second
     extra = {"labels": "", "checkpoint": "", "experiment": "", "date": "", "dataset": ""}
     program = torch.export.load(path, extra_files=extra)
     assert json.loads(extra["labels"])[42] == "shape 4, texture 2"
     assert (extra["checkpoint"], extra["experiment"]) == (str(source), "default")
     given, expected = images()
-    torch.testing.assert_close(program.module()(given), probabilities(network, expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(program.module()(given), probabilities(model, expected), atol=1e-5, rtol=0)
     assert {path.name for path in tmp_path.iterdir()} == {"any.pth", "any.pt2"}
 
 
-def test_onnx(network: nn.Module, tmp_path: Path, capsys) -> None:
+def test_onnx_gives_the_checkpoints_probabilities(model: nn.Module, tmp_path: Path, capsys) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     if torch.__version__ < (2, 5):
         pytest.skip("torch before 2.5 exports no ONNX")
-    source, path = write_checkpoint(tmp_path / "any.pth", network, test={"accuracy": 71.25}), tmp_path / "any.onnx"
+    source, path = write_checkpoint(tmp_path / "any.pth", model, test={"accuracy": 71.25}), tmp_path / "any.onnx"
     assert export.main([str(path), "--checkpoint", str(source)]) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    assert "1000 synthetic test images: same first guess on 1000" in output.out.splitlines()[-1]
-    model = onnx.load(path)
-    onnx.checker.check_model(model, full_check=True)
-    properties = {row.key: row.value for row in model.metadata_props}
+    assert "1000 synthetic test images: same top-1 class on 1000" in output.out.splitlines()[-1]
+    graph = onnx.load(path)
+    onnx.checker.check_model(graph, full_check=True)
+    properties = {row.key: row.value for row in graph.metadata_props}
     assert json.loads(properties["labels"]) == list(class_names("synthetic"))
     assert (properties["checkpoint"], properties["date"]) == (str(source), "2026-01-01")
     assert (properties["dataset"], properties["test_accuracy"]) == ("synthetic", "71.25")
@@ -82,31 +84,31 @@ def test_onnx(network: nn.Module, tmp_path: Path, capsys) -> None:
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [32, 32, 3])
     assert isinstance(given.shape[0], str)  # any number of images
     given, expected = images()
-    (answer,) = session.run(["probabilities"], {"images": given.numpy()})
-    torch.testing.assert_close(torch.from_numpy(answer), probabilities(network, expected), atol=1e-5, rtol=0)
+    (result,) = session.run(["probabilities"], {"images": given.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), probabilities(model, expected), atol=1e-5, rtol=0)
     assert {path.name for path in tmp_path.iterdir()} == {"any.pth", "any.onnx"}  # no external data
 
 
-def test_a_file_with_other_answers_is_deleted(network: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
-    source, path = write_checkpoint(tmp_path / "any.pth", network), tmp_path / "any.pt2"
-    monkeypatch.setattr(export, "probabilities", lambda network, images: torch.rand(len(images), 100).softmax(1))
+def test_a_file_with_other_probabilities_is_deleted(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
+    source, path = write_checkpoint(tmp_path / "any.pth", model), tmp_path / "any.pt2"
+    monkeypatch.setattr(export, "probabilities", lambda model, images: torch.rand(len(images), 100).softmax(1))
     assert export.main([str(path), "--checkpoint", str(source)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "not the checkpoint's equal" in line and "deleted" in line
+    assert "not give the checkpoint's probabilities" in line and "deleted" in line
     assert not path.exists()
 
 
-def test_the_check_sees_small_differences(network: nn.Module) -> None:
-    pictures = data.synthetic(2, seed=5)[0]
-    expected = probabilities(network, pictures)
-    parts = iter(expected.split((1, 2, 97, len(pictures) - 100)))
-    assert "same first guess on 200" in export.check(lambda images: next(parts), network, pictures, "images")
+def test_check_finds_small_differences(model: nn.Module) -> None:
+    inputs = synthetic(2, seed=5)[0]
+    expected = probabilities(model, inputs)
+    parts = iter(expected.split((1, 2, 97, len(inputs) - 100)))
+    assert "same top-1 class on 200" in export.check(lambda images: next(parts), model, inputs, "images")
     changed = expected.clone()
     changed[150, 7] += 2e-4
     for wrong in (changed, expected * torch.nan):
-        parts = iter(wrong.split((1, 2, 97, len(pictures) - 100)))
-        with pytest.raises(export.ExportError, match="200 images"):
-            export.check(lambda images, parts=parts: next(parts), network, pictures, "images")
+        parts = iter(wrong.split((1, 2, 97, len(inputs) - 100)))
+        with pytest.raises(UserError, match="200 images"):
+            export.check(lambda images, parts=parts: next(parts), model, inputs, "images")
 
 
 def test_without_the_data_set_synthetic_images_are_checked(monkeypatch) -> None:
@@ -114,12 +116,12 @@ def test_without_the_data_set_synthetic_images_are_checked(monkeypatch) -> None:
         raise data.DataError("no network")
 
     monkeypatch.setattr(data, "build", missing)
-    pictures, what = export.check_images("cifar100", "nowhere")
-    assert pictures.shape == (1000, 3, 32, 32) and "CIFAR-100 cannot be had" in what
+    checked, what = export.check_images("cifar100", "nowhere")
+    assert checked.shape == (1000, 3, 32, 32) and "CIFAR-100 cannot be had" in what
 
 
-def test_what_cannot_be_exported_is_one_line(network: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
-    source = write_checkpoint(tmp_path / "any.pth", network)
+def test_export_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
+    source = write_checkpoint(tmp_path / "any.pth", model)
 
     def error(*argv: object) -> str:
         assert export.main([str(value) for value in argv]) == 1

@@ -1,4 +1,4 @@
-"""The network: its exact figures, and its wiring against an independent computation."""
+"""The model: its exact figures, and its wiring against an independent computation."""
 
 import pytest
 import torch
@@ -6,21 +6,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evaluate
-from model import ROWS, InvertedResidual, MobileNetV3, SqueezeExcitation
+from model import BLOCKS, InvertedResidual, MobileNetV3, SqueezeExcitation
 
 
-def size(network: nn.Module) -> float:
-    return sum(t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()]) / 1024
+def size(model: nn.Module) -> float:
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1024
 
 
 def test_exact_figures() -> None:
-    network = MobileNetV3()
-    names = list(network.state_dict())
-    assert sum(p.numel() for p in network.parameters()) == 966_412
-    assert size(network) == 3813.875
-    assert evaluate.measure(network) == (11_776_320, 3814.390625)
-    assert size(network) == 3813.875, "measuring must leave no counters on the caller's network"
-    assert list(network.state_dict()) == names
+    model = MobileNetV3()
+    names = list(model.state_dict())
+    assert sum(p.numel() for p in model.parameters()) == 966_412
+    assert size(model) == evaluate.model_bytes(model) / 1024 == 3813.875
+    assert evaluate.count_cost(model) == (11_776_320, 3814.390625)
+    assert size(model) == 3813.875, "counting must leave no counters on the caller's model"
+    assert list(model.state_dict()) == names
 
 
 def normed(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
@@ -47,9 +47,9 @@ TABLE = (  # of the specification: in, out, kernel, stride, hidden, squeeze-and-
 )
 
 
-def test_forward_equals_an_independent_computation(network: nn.Module) -> None:
+def test_forward_equals_an_independent_computation(model: nn.Module) -> None:
     """From the state_dict alone, in float64, without any module of model.py."""
-    weights = {name: tensor.double() for name, tensor in network.state_dict().items()}
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     x = hardswish(normed(F.conv2d(images, weights["stem.0.weight"], padding=1), weights, "stem.1"))
     for block, (inputs, outputs, kernel, stride, hidden, excites, act) in enumerate(TABLE):
@@ -72,25 +72,34 @@ def test_forward_equals_an_independent_computation(network: nn.Module) -> None:
         assert x.shape[1] == outputs
     x = hardswish(normed(F.conv2d(x, weights["head.0.weight"]), weights, "head.1"))
     expected = x.mean((2, 3)) @ weights["classifier.weight"].T + weights["classifier.bias"]
-    assert torch.allclose(network.double()(images), expected, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(model.double()(images), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_output_shapes() -> None:
     """Every stage's output, as the table of the specification has it."""
     shapes = [(16, 32), (24, 16), (24, 16), (40, 8), (40, 8), (80, 4), (112, 4), (160, 2)]
-    network = MobileNetV3().eval()
-    x = network.stem(torch.zeros(2, 3, 32, 32))
+    model = MobileNetV3().eval()
+    x = model.stem(torch.zeros(2, 3, 32, 32))
     assert x.shape == (2, 16, 32, 32)
-    for block, (channels, side) in zip(network.blocks, shapes, strict=True):
+    for block, (channels, side) in zip(model.blocks, shapes, strict=True):
         x = block(x)
         assert x.shape == (2, channels, side, side)
-    assert network.head(x).shape == (2, 960, 2, 2)
-    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+    assert model.head(x).shape == (2, 960, 2, 2)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
 
 
 def test_residual_only_where_shapes_agree() -> None:
-    assert [InvertedResidual(row).residual for row in ROWS] == [True, False, True, False, True, False, False, False]
-    block = InvertedResidual(ROWS[2]).eval()
+    assert [InvertedResidual(block).residual for block in BLOCKS] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+    block = InvertedResidual(BLOCKS[2]).eval()
     nn.init.zeros_(block.project[1].weight)  # the branch gives 0, the residual is left: nothing is applied after it
     x = torch.randn(2, 24, 16, 16)
     assert torch.equal(block(x), x)
@@ -107,6 +116,6 @@ def test_squeeze_excitation_scales_channels() -> None:
 
 @pytest.mark.parametrize(("dropout", "count"), [(0.0, 0), (0.1, 9)])
 def test_dropout_is_no_module_at_zero(dropout: float, count: int) -> None:
-    network = MobileNetV3(dropout)
-    assert sum(isinstance(module, nn.Dropout) for module in network.modules()) == count
-    assert network.state_dict().keys() == MobileNetV3().state_dict().keys(), "the weights fit the graded network"
+    model = MobileNetV3(dropout)
+    assert sum(isinstance(module, nn.Dropout) for module in model.modules()) == count
+    assert model.state_dict().keys() == MobileNetV3().state_dict().keys(), "the weights fit the graded model"

@@ -4,19 +4,26 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 import checkpoint
 import data
-import soak
 import train
+import utils
 from config import Config
+from tests import soak
 
 
-def test_killed_runs_resume_identically() -> None:
+def new_run(config: Config) -> Path:
+    """The folder of a run that has not begun to train."""
+    return checkpoint.new_run(config.runs_dir, "new", asdict(config))
+
+
+def test_resume_is_bit_exact_after_kills() -> None:
     """Five random moments; `python -m tests.soak --kills 50` does more."""
     killed, early, identical = soak.kill(5, seed=0)
     assert killed == early + identical == 5
@@ -33,22 +40,28 @@ def test_damaged_files_are_never_used() -> None:
 
 @pytest.mark.parametrize("name", ["last.pth", "log.csv"])
 def test_a_full_disk_stops_training_and_leaves_the_last_epoch(tiny: Config, monkeypatch, name: str) -> None:
-    folder = train.train(replace(tiny, epochs=1))
-    good = (folder / "last.pth").read_bytes()
-    write = checkpoint.write_whole
+    """Once there is room, the run goes on."""
+    one, two = (replace(tiny, epochs=epochs, images_per_class=4) for epochs in (1, 2))
+    folder = train.train(one)
+    good, write = (folder / "last.pth").read_bytes(), checkpoint.atomic_write
 
-    def full(path: Path, fill) -> None:
-        def no_space(file) -> None:
+    def full(path: Path, fill: Callable) -> None:
+        def no_space(file: object) -> None:
             raise OSError(28, "No space left on device")
 
         write(path, no_space if path.name == name else fill)
 
-    monkeypatch.setattr(checkpoint, "write_whole", full)
-    with pytest.raises(checkpoint.CheckpointError, match=f"{name} cannot be written: No space left on device. Stopped"):
-        train.train(replace(tiny, epochs=2), folder)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(utils.UserError, match=f"{name} cannot be written: No space left on device. Stopped"),
+    ):
+        patch.setattr(checkpoint, "atomic_write", full)
+        train.train(two, folder)
     assert checkpoint.load(folder / "last.pth")["epoch"] == (1 if name == "last.pth" else 2)
     assert (folder / "last.pth").read_bytes() == good or name == "log.csv"
     assert not list(folder.glob(".*.part"))
+    train.train(two, folder)
+    assert checkpoint.load(folder / "last.pth")["epoch"] == len((folder / "log.csv").read_text().splitlines()) - 1 == 2
 
 
 def test_a_vanished_run_folder_stops_training_with_one_line(tiny: Config, monkeypatch) -> None:
@@ -60,8 +73,8 @@ def test_a_vanished_run_folder_stops_training_with_one_line(tiny: Config, monkey
         return evaluate(*arguments)
 
     monkeypatch.setattr(train, "evaluate", vanish)
-    with pytest.raises(checkpoint.CheckpointError, match="cannot be written: No such file or directory"):
-        train.train(tiny)
+    with pytest.raises(utils.UserError, match="cannot be written: No such file or directory"):
+        train.train(replace(tiny, images_per_class=4))
 
 
 def test_the_program_ends_with_one_line_where_it_cannot_write(tmp_path: Path) -> None:
@@ -76,11 +89,11 @@ def test_the_program_ends_with_one_line_where_it_cannot_write(tmp_path: Path) ->
 
 
 def test_a_run_folder_has_one_process(tiny: Config) -> None:
-    folder = checkpoint.new_run(tiny)
-    with checkpoint.locked(folder), pytest.raises(checkpoint.CheckpointError, match="in use by another process"):
+    folder = new_run(tiny)
+    with utils.locked(folder), pytest.raises(utils.UserError, match="in use by another process"):
         train.train(tiny, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
-    with checkpoint.locked(folder):
+    with utils.locked(folder):
         pass  # free again
 
 
@@ -88,7 +101,7 @@ def test_a_second_builder_waits_and_uses_what_the_first_built(tmp_path: Path) ->
     """The first holds the folder and puts the finished file there; the second then has nothing to do."""
     path, done = tmp_path / "cifar100.npz", threading.Event()
     second = threading.Thread(target=lambda: (data.build(path), done.set()))
-    with checkpoint.locked(tmp_path):
+    with utils.locked(tmp_path):
         second.start()
         assert not done.wait(1.0)
         path.write_bytes(b"built by the first")
@@ -103,8 +116,16 @@ def test_a_read_only_folder_stops_training_with_one_line(tiny: Config, monkeypat
     def refuse(**where: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    folder = checkpoint.new_run(tiny)
+    folder = new_run(tiny)
     monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    with pytest.raises(checkpoint.CheckpointError, match=r"best.pth cannot be written: Permission denied"):
-        train.train(tiny, folder)
+    with pytest.raises(utils.UserError, match=r"best.pth cannot be written: Permission denied"):
+        train.train(replace(tiny, images_per_class=4), folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
+
+
+def test_temporary_files_of_a_killed_run_are_removed(tiny: Config) -> None:
+    config = replace(tiny, epochs=1, images_per_class=4)
+    folder = new_run(config)
+    (folder / ".last.pth.abc.part").write_text("half")
+    train.train(config, folder)
+    assert not list(folder.glob(".*"))

@@ -1,110 +1,142 @@
-"""A training step: what every setting changes in it, averaging, precision, compiling, no waiting for the device."""
+"""A training step: what each setting changes in it, precision, compiling, no waiting for the device."""
 
 import copy
 import shutil
 import sysconfig
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import train
-from augment import Batches
+from augment import Loader, build_loader
 from config import Config
-from conftest import EVERYTHING, TINY
-from model import ROWS, InvertedResidual
+from model import BLOCKS, InvertedResidual
+from optim import build_criterion
+from tests.helpers import EVERYTHING, TINY
 
 
-def test_average_follows_its_formula() -> None:
-    network = train.MobileNetV3()
-    average, expected = train.Average(network, 0.3), network.classifier.bias.detach().clone()
-    for t in range(6):
-        with torch.no_grad():
-            network.classifier.bias.normal_()
-            network.stem[1].running_var.uniform_()
-        average.update()
-        decay = min(0.3, (1 + t) / (10 + t))
-        expected = decay * expected + (1 - decay) * network.classifier.bias.detach()
-    assert torch.allclose(average.network.classifier.bias, expected)
-    assert not torch.equal(average.network.stem[1].running_var, network.stem[1].running_var)
+def started(config: Config) -> tuple[train.TrainState, Loader]:
+    """A run before its first step."""
+    torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    return train.TrainState(config, device), build_loader(config, device)[0]
 
 
-OTHER = {  # values of the settings that change a step, unlike TINY's
-    "optimizer": "adamw", "lr": 0.1, "weight_decay": 0.05, "decay_norms": True, "label_smoothing": 0.0, "dropout": 0.1,
-    "ema": 0.05, "flip": False, "crop_padding": 2, "crop_reflect": False, "trivial_augment": 0.3, "cutout": 8,
-    "mixup": 0.2, "cutmix": 1.0, "seed": 1,
+def train_epochs(state: train.TrainState, loader: Loader, epochs: int) -> list[train.Meter]:
+    """Train so many epochs as a run does, without its files."""
+    meters, criterion = [], build_criterion(state.config)
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        meters.append(train.train_one_epoch(state, loader, criterion))
+        state.scheduler.step()
+    return meters
+
+
+# One step an epoch on 100 images, the first epoch of 8 on 24x24 pixels.
+ONE_STEP = replace(TINY, images_per_class=4, epochs=8, small_fraction=0.125)
+STEPLR = {"schedule": "step", "lr_step": 2}
+OTHER = {  # another value of each setting that changes what is trained, and what else it takes to see that
+    "epochs": (16, {}), "batch_size": (32, {}), "optimizer": ("adamw", {}), "lr": (0.1, {}),
+    "weight_decay": (0.05, {}), "decay_norms": (True, {}), "schedule": ("step", {}), "lr_step": (1, STEPLR),
+    "lr_gamma": (0.1, STEPLR | {"lr_step": 1}), "warmup_epochs": (1, {}), "label_smoothing": (0.0, {}),
+    "dropout": (0.1, {}), "ema": (0.05, {}), "flip": (False, {}), "crop_padding": (2, {}), "crop_reflect": (False, {}),
+    "trivial_augment": (0.3, {}), "cutout": (8, {}), "mixup": (0.2, {}), "cutmix": (1.0, {}),
+    "mix_prob": (0.0, {"mixup": 0.2}), "small_fraction": (0.25, {}), "validation_per_class": (2, {}),
+    "images_per_class": (5, {}), "seed": (1, {}),
 }  # fmt: skip
 
 
-def weights_after_two_steps(config: Config) -> dict[str, Tensor]:
-    """The graded weights, cloned."""
-    run, batches = train.Training(config, torch.device("cpu")), Batches(config, train.data.load_training(config)[0])
-    run.network.train()
-    torch.manual_seed(0)
-    generator, sums = torch.Generator().manual_seed(0), torch.zeros(2)
-    for index in torch.arange(128).split(64):
-        run.step(*batches(index, generator), sums)
-    return {name: value.clone() for name, value in run.graded().state_dict().items()}
+def weights_after_two_epochs(config: Config) -> dict[str, Tensor]:
+    """The weights that are validated."""
+    state, loader = started(config)
+    train_epochs(state, loader, 2)
+    return state.eval_model.state_dict()
 
 
 def test_each_setting_changes_what_is_trained() -> None:
-    base = weights_after_two_steps(TINY)
-    assert all(torch.equal(value, base[name]) for name, value in weights_after_two_steps(TINY).items())
-    for name, value in OTHER.items():
-        other = weights_after_two_steps(replace(TINY, **{name: value}))
-        assert any(not torch.equal(weights, base[key]) for key, weights in other.items()), name
+    assert OTHER.keys() == {f.name for f in fields(Config) if f.metadata["recipe"]} | {"images_per_class", "seed"}
+    base, again = weights_after_two_epochs(ONE_STEP), weights_after_two_epochs(ONE_STEP)
+    assert all(torch.equal(weights, base[name]) for name, weights in again.items())
+    for setting, (value, needed) in OTHER.items():
+        start = weights_after_two_epochs(replace(ONE_STEP, **needed)) if needed else base
+        other = weights_after_two_epochs(replace(ONE_STEP, **needed | {setting: value}))
+        assert any(not torch.equal(weights, start[name]) for name, weights in other.items()), setting
 
 
-def test_loss_and_hits_are_summed_as_they_were_before_the_step(tiny: Config) -> None:
-    run, batches = train.Training(tiny, torch.device("cpu")), Batches(tiny, train.data.load_training(tiny)[0])
-    run.network.train()
-    sums, inputs, labels = torch.tensor([5.0, 7.0]), *batches(torch.arange(64), torch.Generator().manual_seed(0))
-    logits = copy.deepcopy(run.network)(inputs)
-    loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=tiny.label_smoothing, reduction="sum")
-    run.step(inputs, labels, sums)
-    assert sums.tolist() == pytest.approx([5 + loss.item(), 7 + (logits.argmax(1) == labels).sum().item()], rel=1e-4)
+def test_loss_and_accuracy_are_those_before_the_step() -> None:
+    config = replace(ONE_STEP, ema=0.0)
+    state, loader = started(config)
+    (images, labels), *rest = loader
+    assert not rest
+    before = copy.deepcopy(state.model).train()
+    torch.manual_seed(config.seed)
+    logits = before(images)
+    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing).item()
+    meter = train.train_one_epoch(state, loader, build_criterion(config))
+    accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
+    assert meter.count == len(labels) == 64
+    assert meter.read() == pytest.approx((loss, accuracy), rel=1e-4)
+    assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), state.model.parameters(), strict=True))
 
 
-def test_autocast_trains_to_nearly_the_same_loss(tiny: Config) -> None:
+def test_meter_weighs_batches_by_their_size() -> None:
+    """Two batches by hand; of a mixed target the larger part counts."""
+    meter = train.Meter(torch.device("cpu"))
+    logits = torch.eye(100)[[3, 4, 5]]
+    meter.update(torch.tensor(2.0), logits, torch.tensor([3, 4, 0]))
+    mixed = 0.6 * torch.eye(100)[[5]] + 0.4 * torch.eye(100)[[7]]
+    meter.update(torch.tensor(6.0), logits[2:], mixed)
+    assert meter.read() == pytest.approx(((3 * 2 + 6) / 4, 75.0))
+
+
+def test_autocast_trains_to_nearly_the_same_loss() -> None:
     """The path that a GPU takes, in bfloat16 on the CPU."""
     losses = []
     for enabled in (False, True):
-        run, batches = train.Training(tiny, torch.device("cpu")), Batches(tiny, train.data.load_training(tiny)[0])
-        run.autocast["enabled"], sums = enabled, torch.zeros(2)
-        for index in torch.arange(96).split(32):
-            run.step(*batches(index, torch.Generator().manual_seed(0)), sums)
-        losses.append(sums[0].item() / 96)
-        assert all(p.dtype == torch.float32 for p in run.network.parameters())
+        state, loader = started(replace(ONE_STEP, batch_size=32, small_fraction=0.0))
+        assert len(loader) == 3
+        state.autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
+        losses.append(train_epochs(state, loader, 1)[0].read()[0])
+        assert all(p.dtype == torch.float32 for p in state.model.parameters())
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_cpu_trains_in_float32_without_a_scaler() -> None:
+    state, _ = started(ONE_STEP)
+    assert not state.autocast._enabled
+    assert not state.scaler.is_enabled()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.skipif(not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="it needs Python's headers")
 def test_compiled_and_eager_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output and gradients of a block with squeeze-and-excitation; the whole network takes a minute to compile."""
+    """Output and gradients of a block with squeeze-and-excitation; the whole model takes a minute to compile."""
     torch.manual_seed(0)
-    block, x = InvertedResidual(ROWS[4]), torch.randn(16, 40, 8, 8)
-    results, compiled = [], train.compiled(copy.deepcopy(block), torch.device("cpu"))
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # falling back would compare eager with eager
-    kernels = torch._inductor.metrics.generated_kernel_count
-    for forward in (block, compiled):
+    block, x = InvertedResidual(BLOCKS[4]), torch.randn(16, 40, 8, 8)
+    monkeypatch.setattr(train, "MobileNetV3", lambda dropout: copy.deepcopy(block))
+    state = train.TrainState(replace(TINY, compile=True, ema=0.0), torch.device("cpu"))
+    assert state.forward is not state.model
+    assert not torch._dynamo.config.suppress_errors, "falling back in silence would compare eager with eager"
+    kernels, results = torch._inductor.metrics.generated_kernel_count, []
+    for forward, model in ((block, block), (state.forward, state.model)):
         y = forward(x)
         y.square().mean().backward()
-        network = getattr(forward, "_orig_mod", forward)
-        results.append([y.detach(), *(p.grad for p in network.parameters()), *network.buffers()])
+        results.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
     assert torch._inductor.metrics.generated_kernel_count > kernels
     for eager, compiled in zip(*results, strict=True):
         assert torch.allclose(eager, compiled, atol=1e-3)
+    assert state.parts()["network"].state_dict().keys() == block.state_dict().keys(), "names of the plain model"
 
 
-def test_a_step_reads_nothing_back(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU each of these would wait for the device."""
-    run, batches = train.Training(tiny, torch.device("cpu")), Batches(tiny, train.data.load_training(tiny)[0])
-    counts = Counter()
+    state, loader = started(replace(TINY, epochs=2, small_fraction=0.5))
+    criterion, counts = build_criterion(state.config), Counter()
     for name in ("item", "cpu", "tolist", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"):
         original = getattr(Tensor, name)
 
@@ -113,27 +145,25 @@ def test_a_step_reads_nothing_back(tiny: Config, monkeypatch: pytest.MonkeyPatch
             return original(self, *args)
 
         monkeypatch.setattr(Tensor, name, counted)
-    sums = torch.zeros(2)
-    for index, small in zip(torch.arange(192).split(64), (False, True, False), strict=True):
-        run.step(*batches(index, torch.Generator().manual_seed(0), small), sums)
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        meter = train.train_one_epoch(state, loader, criterion)
     assert counts == {}
-    assert sums.tolist()[0] > 0
+    assert meter.read()[0] > 0
     assert counts == {"tolist": 1}, "the counter counts"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_cuda_step_never_synchronises(tiny: Config) -> None:
-    config = replace(tiny, device="cuda", **EVERYTHING)
-    device = torch.device("cuda")
-    run, batches = train.Training(config, device), Batches(config, train.data.load_training(config)[0].to(device))
-    generator, sums = torch.Generator(device).manual_seed(0), torch.zeros(2, device=device)
-    parts = torch.arange(256, device=device).split(64)
-    for small in (False, True):  # first use may set up
-        run.step(*batches(parts[0], generator, small), sums)
+def test_a_cuda_step_never_synchronises() -> None:
+    config = replace(TINY, device="cuda", **EVERYTHING)
+    state, loader = started(config)
+    train_epochs(state, loader, config.epochs)  # first use may set up
+    criterion = build_criterion(config)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for index, small in zip(parts[1:], (False, True, False), strict=True):
-            run.step(*batches(index, generator, small), sums)
+        for epoch in range(config.epochs):
+            loader.set_epoch(epoch)
+            meter = train.train_one_epoch(state, loader, criterion)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sums.isfinite().all()
+    assert meter.sums.isfinite().all()

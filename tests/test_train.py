@@ -2,14 +2,19 @@
 
 import copy
 import json
+import math
+import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +22,41 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import evaluate
 import train
-from augment import Batches
+import utils
+from augment import build_loader
 from config import Config
-from conftest import EVERYTHING
-from soak import rows, small_set, taken_for_official
+from data import Images
+from optim import build_criterion
+from tests.helpers import EVERYTHING, TINY, log_rows, small_set, taken_for_official
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FILES = ["best.pth", "config.json", "curves.png", "last.pth", "log.csv"]
 
 
-def state(folder: Path) -> list[tuple[str, object]]:
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts pytest's own signal handlers back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def flags(config: Config) -> list[str]:
+    """The command line that gives these settings."""
+    words = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.type is bool:
+            words.append(f"--{f.name}" if value else f"--no-{f.name}")
+        elif f.name != "experiment":
+            words += [f"--{f.name}", str(value)]
+    return words
+
+
+def end_state(folder: Path) -> list[tuple[str, object]]:
     return list(checkpoint.leaves(checkpoint.load(folder / "last.pth")["state"]))
 
 
@@ -34,24 +66,39 @@ def same(a: list[tuple[str, object]], b: list[tuple[str, object]]) -> bool:
     )
 
 
-def test_the_averaged_network_is_validated_on_the_validation_images(tiny: Config, monkeypatch) -> None:
-    seen, evaluate = [], train.evaluate
+def call_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count: int, action: Any) -> None:
+    """Let the function `name` of `owner` do what it does, and call `action` in its call of that number."""
+    original, calls = getattr(owner, name), iter(range(1, 1_000_000))
 
-    def recorded(network: torch.nn.Module, images: train.data.Images) -> object:
-        seen.append((copy.deepcopy(network.state_dict()), images))
-        return evaluate(network, images)
+    def counted(*arguments: Any, **more: Any) -> Any:
+        if next(calls) == count:
+            action()
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def test_the_ema_is_validated_on_the_validation_images(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, config = [], replace(tiny, epochs=1, images_per_class=4)
+
+    def recorded(model: torch.nn.Module, images: Images) -> evaluate.Scores:
+        seen.append((copy.deepcopy(model.state_dict()), images, model.training))
+        return evaluate.evaluate(model, images)
 
     monkeypatch.setattr(train, "evaluate", recorded)
-    folder = train.train(replace(tiny, epochs=1))
-    ((weights, images),) = seen
-    assert torch.equal(images.images, train.data.load_training(tiny)[1].images)
+    folder = train.train(config)
+    ((weights, images, training),) = seen
+    assert not training
+    assert torch.equal(images.images, build_loader(config, torch.device("cpu"))[1].images)
     parts = checkpoint.load(folder / "last.pth")["state"]
     assert all(torch.equal(weights[name], value) for name, value in parts["average"]["network"].items())
     assert not torch.equal(weights["classifier.weight"], parts["network"]["classifier.weight"])
+    best = checkpoint.load(folder / "best.pth")["weights"]
+    assert all(torch.equal(weights[name], value) for name, value in best.items())
 
 
-def test_a_run_prints_and_writes_what_it_should(tiny: Config, capsys: pytest.CaptureFixture) -> None:
-    config = replace(tiny, epochs=3, optimizer="adamw", lr=3e-3, schedule="step", ema=0.0, small_share=0.0)
+def test_what_a_run_prints_and_writes(tiny: Config, capsys: pytest.CaptureFixture) -> None:
+    config = replace(tiny, epochs=3, optimizer="adamw", lr=3e-3, schedule="step", ema=0.0, small_fraction=0.0)
     folder = train.train(config)
     lines = capsys.readouterr().out.splitlines()
     epochs = "\n".join(lines[lines.index("Epoch 1/3") :])
@@ -61,8 +108,9 @@ def test_a_run_prints_and_writes_what_it_should(tiny: Config, capsys: pytest.Cap
         r"Learning Rate: \d\.\d{6}\n?){3}",
         epochs,
     )
-    assert any("synthetic" in line for line in lines)
-    log = rows(folder)
+    assert any("500 synthetic images" in line for line in lines)
+    assert f"Run folder: {folder}" in lines
+    log = log_rows(folder)
     assert [row["epoch"] for row in log] == ["1", "2", "3"]
     assert [float(row["lr"]) for row in log] == [3e-3, 1.5e-3, 0.75e-3], "the rate that the epoch used"
     assert float(log[2]["train_loss"]) < float(log[0]["train_loss"])
@@ -76,161 +124,286 @@ def test_a_run_prints_and_writes_what_it_should(tiny: Config, capsys: pytest.Cap
     )
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not checkpoint.BEST.exists(), "synthetic runs never write under checkpoints/"
-    assert sorted(p.name for p in folder.iterdir()) == ["best.pth", "config.json", "curves.png", "last.pth", "log.csv"]
+    assert sorted(p.name for p in folder.iterdir()) == FILES
 
 
-def test_seeds_give_mean_and_deviation(tiny: Config, capsys: pytest.CaptureFixture) -> None:
-    train.train_seeds(replace(tiny, epochs=1), 2, lambda: 0)
-    lines = capsys.readouterr().out.splitlines()
-    best = [
-        float(re.search(r"validation accuracy (\S+) %", line)[1]) for line in lines if line.startswith("Best epoch")
-    ]
-    assert len(best) == 2
-    assert lines[-1] == (
-        f"Best validation accuracy of 2 seeds: {sum(best) / 2:.2f} % ± {abs(best[0] - best[1]) / 2**0.5:.2f} "
-        "(standard deviation)"
-    )
+def test_an_equal_accuracy_is_no_better_one(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([50.0, 50.0, 49.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: evaluate.Scores(1.0, next(accuracies), 90.0))
+    folder = train.train(replace(tiny, epochs=3, images_per_class=4))
+    assert checkpoint.load(folder / "best.pth")["epoch"] == 1
+
+
+def test_the_program_ends_with_a_summary(tiny: Config, capsys: pytest.CaptureFixture, handlers: None) -> None:
+    """It names the best epoch and the folder, and the command to grade it, quoted for the shell."""
+    config = replace(tiny, epochs=1, images_per_class=4, runs_dir=tiny.runs_dir + " of $me")
+    assert train.main(flags(config)) == 0
+    (folder,) = Path(config.runs_dir).iterdir()
+    best, where, grade = capsys.readouterr().out.splitlines()[-3:]
+    accuracy = checkpoint.load(folder / "best.pth")["metrics"]["validation_accuracy"]
+    assert best == f"Best epoch: 1 of 1 (validation accuracy {accuracy:.2f} %)"
+    assert where.endswith(str(folder))
+    assert shlex.split(grade.partition(": ")[2]) == ["python", "evaluate.py", "--checkpoint", str(folder / "best.pth")]
 
 
 def test_the_first_epochs_train_on_small_images(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    sides, step = [], train.Training.step
+    sides, forward = [], train.MobileNetV3.forward
 
-    def recorded(run: train.Training, inputs: Tensor, *rest: Tensor) -> None:
-        sides.append(inputs.shape[-1])
-        step(run, inputs, *rest)
+    def recorded(model: torch.nn.Module, images: Tensor) -> Tensor:
+        sides.extend([images.shape[-1]] * model.training)
+        return forward(model, images)
 
-    monkeypatch.setattr(train.Training, "step", recorded)
-    train.train(replace(tiny, epochs=3, small_share=0.6))
-    assert sides == 7 * [24] + 2 * 7 * [32]
+    monkeypatch.setattr(train.MobileNetV3, "forward", recorded)
+    train.train(replace(tiny, epochs=3, small_fraction=0.6, images_per_class=4, batch_size=25))
+    assert sides == 4 * [24] + 2 * 4 * [32]
 
 
 def test_without_validation_the_last_epoch_is_saved(tiny: Config, capsys: pytest.CaptureFixture) -> None:
-    folder = train.train(replace(tiny, validation_per_class=0))
+    folder = train.train(replace(tiny, validation_per_class=0, images_per_class=1))
     printed = capsys.readouterr().out
     assert "Validation" not in printed
     assert "Saved" not in printed
-    assert {row["validation_loss"] + row["validation_accuracy"] for row in rows(folder)} == {""}
+    assert {row["validation_loss"] + row["validation_accuracy"] for row in log_rows(folder)} == {""}
     assert checkpoint.load(folder / "best.pth")["epoch"] == 2
 
 
-@pytest.mark.parametrize("recipe", [EVERYTHING, {"optimizer": "sgd", "schedule": "step"}], ids=["all", "sgd"])
-def test_resuming_equals_never_stopping(tiny: Config, recipe: dict) -> None:
-    """Stopped in the middle of the second epoch; weights, optimizer and log are the same, bit for bit."""
+@pytest.mark.parametrize("recipe", [EVERYTHING, {"optimizer": "sgd", "schedule": "step"}], ids=["everything", "sgd"])
+def test_resume_is_bit_exact(tiny: Config, recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in the middle of the second epoch; weights, optimizer and log are those of a run that was not."""
     config = replace(tiny, **recipe)
     whole = train.train(config)
-    steps = iter(range(1000))
-    with pytest.raises(train.Stopped) as stopped:
-        train.train(config, stop=lambda: 15 if next(steps) == 10 else 0)  # 7 steps an epoch
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt(15)
+
+    with monkeypatch.context() as patch, pytest.raises(train.Stopped) as stopped:
+        call_at(patch, torch.nn.functional, "cross_entropy", 12, interrupt)  # 7 steps and 1 validation an epoch
+        train.train(config)
     number, folder = stopped.value.args
-    assert (number, len(rows(folder))) == (15, 1)
+    assert (number, len(log_rows(folder))) == (15, 1)
     assert train.train(config, folder) == folder
-    assert same(state(folder), state(whole))
-    assert rows(folder) == rows(whole)
+    assert same(end_state(folder), end_state(whole))
+    assert log_rows(folder) == log_rows(whole)
+    assert sorted(p.name for p in folder.iterdir()) == FILES
     other = train.train(replace(config, seed=1))
-    assert not same(state(other), state(whole))
+    assert not same(end_state(other), end_state(whole))
 
 
-def test_a_signal_before_the_first_step_leaves_no_run(tiny: Config) -> None:
-    with pytest.raises(train.Stopped) as stopped:
-        train.train(tiny, stop=lambda: 15)
-    assert stopped.value.args == (15, None)
+THREE_STEPS = {"epochs": 3, "images_per_class": 4}  # one step an epoch
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of three steps."""
+    return train.train(replace(TINY, **THREE_STEPS, runs_dir=str(tmp_path_factory.mktemp("runs"))))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "finished"),
+    [
+        (torch.Tensor, "backward", 1, 0),
+        (train.EMA, "update", 2, 1),
+        (train, "evaluate", 2, 1),
+        (os, "replace", 2, 0),  # config.json, then best.pth, last.pth and log.csv of the first epoch
+        (os, "replace", 3, 0),
+        (os, "replace", 4, 1),
+        (checkpoint, "write_log", 3, 3),
+        (utils, "draw_curves", 1, 3),
+    ],
+)
+def test_resume_is_bit_exact_wherever_a_run_was_interrupted(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path, owner: Any, name: str, call: int, finished: int
+) -> None:
+    """In a step, in the validation, before each file gets its name, and after the last epoch."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt(2)
+
+    with monkeypatch.context() as patch, pytest.raises((train.Stopped, KeyboardInterrupt)) as stopped:
+        call_at(patch, owner, name, call, interrupt)
+        train.train(replace(tiny, **THREE_STEPS))
+    assert stopped.type is train.Stopped, "the command to go on would not be printed"
+    _, folder = stopped.value.args
+    assert not list(folder.glob(".*.part")), "no temporary file is left"
+    epochs = checkpoint.load(folder / "last.pth")["epoch"] if (folder / "last.pth").exists() else 0
+    assert epochs == finished
+    train.train(train.resumed_config(folder, {}), folder)
+    assert same(end_state(folder), end_state(uninterrupted))
+    assert log_rows(folder) == log_rows(uninterrupted)
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+
+
+def test_a_finished_run_can_be_resumed(tiny: Config, capsys: pytest.CaptureFixture) -> None:
+    folder = train.train(replace(tiny, epochs=1, images_per_class=4))
+    good = (folder / "last.pth").read_bytes()
+    capsys.readouterr()
+    train.train(train.resumed_config(folder, {}), folder)
+    assert (folder / "last.pth").read_bytes() == good
+    assert "Train Loss" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_before_the_first_step_leaves_no_run(
+    tiny: Config, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, handlers: None
+) -> None:
+    """As during a download; at once, with the first signal."""
+
+    def wait(*_: object) -> None:
+        signal.raise_signal(number)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(train, "build_loader", wait)
+    assert train.main(flags(tiny)) == 128 + number
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "Stopped before any step"
+    assert err == ""
     assert not Path(tiny.runs_dir).exists()
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signals_stop_at_once_and_give_the_command(tiny: Config, number: int) -> None:
+    """An epoch of this run has 234 steps and takes half a minute at least."""
+    config = replace(tiny, images_per_class=0, validation_per_class=50, small_fraction=0.0)
+    process = start([sys.executable, "train.py", *flags(config)])
+    while "Epoch 1/2" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(number)
+    begun = time.monotonic()
+    printed, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 10  # a step takes about 0.2 s
+    assert "Train Loss" not in printed, "it went on to the end of the epoch"
+    assert process.returncode == 128 + number
+    (folder,) = Path(config.runs_dir).iterdir()
+    assert printed.splitlines()[-1] == f"Stopped. Go on with: python train.py --resume {folder}"
+    assert errors == "", "no traceback, and no bar where it is no terminal"
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json"]
+
+
+def test_the_printed_command_goes_on_bit_exactly(tiny: Config) -> None:
+    """Stopped by SIGTERM in the second epoch; the runs' folder has a name that a shell would split."""
+    config = replace(tiny, runs_dir=f"{tiny.runs_dir} of $me")
+    process = start([sys.executable, "train.py", *flags(config)])
+    while "Epoch 2/2" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    python, *command = shlex.split(printed.splitlines()[-1].partition("Go on with: ")[2])
+    assert python == "python"
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    (folder,) = Path(config.runs_dir).iterdir()
+    whole = train.train(tiny)
+    assert same(end_state(folder), end_state(whole))
+    assert log_rows(folder) == log_rows(whole)
+
+
+def official(tiny: Config, folder: Path) -> Config:
+    """Settings of a run on what is taken for the official data set."""
+    return replace(
+        tiny, dataset="cifar100", data_dir=str(folder), validation_per_class=1, images_per_class=0, epochs=1
+    )  # fmt: skip
 
 
 def test_the_last_finished_run_is_the_one_that_is_graded(tiny: Config, tmp_path: Path) -> None:
     """Also where another run has written its best weights since this one's best epoch."""
     arrays = small_set()
     np.savez(tmp_path / "cifar100.npz", **arrays)
-    settings = {"dataset": "cifar100", "data_dir": str(tmp_path), "validation_per_class": 1, "images_per_class": 0}
     with taken_for_official(arrays):
-        folder = train.train(replace(tiny, **settings, epochs=1))
+        folder = train.train(official(tiny, tmp_path))
+        assert checkpoint.BEST.read_bytes() == (folder / "best.pth").read_bytes()
         checkpoint.BEST.write_text("another run's")
-        train.train(checkpoint.run_config(folder, {}), folder)
+        train.train(train.resumed_config(folder, {}), folder)
     assert checkpoint.BEST.read_bytes() == (folder / "best.pth").read_bytes()
 
 
-def test_an_epoch_is_kept_where_its_weights_cannot_be_offered(tiny: Config, tmp_path: Path) -> None:
+def test_an_epoch_is_kept_where_the_best_weights_cannot_be_copied(tiny: Config, tmp_path: Path) -> None:
     """A file where checkpoints/ should be."""
     arrays = small_set()
     np.savez(tmp_path / "cifar100.npz", **arrays)
     checkpoint.BEST.parent.write_text("")
-    settings = {"dataset": "cifar100", "data_dir": str(tmp_path), "validation_per_class": 1, "images_per_class": 0}
     with taken_for_official(arrays), pytest.raises(OSError, match="checkpoints"):
-        train.train(replace(tiny, **settings, epochs=1))
+        train.train(official(tiny, tmp_path))
     (folder,) = Path(tiny.runs_dir).iterdir()
-    assert checkpoint.load(folder / "last.pth")["epoch"] == len(rows(folder)) == 1
+    assert checkpoint.load(folder / "last.pth")["epoch"] == len(log_rows(folder)) == 1
 
 
 def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
-    folder = train.train(replace(tiny, epochs=1))
-    assert checkpoint.run_config(folder, {"epochs": 1}) == replace(tiny, epochs=1)
-    with pytest.raises(checkpoint.CheckpointError, match=r"epochs 1 \(now 5\), lr 0.2 \(now 0.1\)"):
-        checkpoint.run_config(folder, {"epochs": 5, "lr": 0.1})
-    moved = checkpoint.run_config(folder, {"device": "auto", "threads": 2, "data_dir": "elsewhere"})
-    assert moved == replace(tiny, epochs=1, device="auto", threads=2, data_dir="elsewhere")
+    folder = train.train(replace(tiny, epochs=1, images_per_class=4))
+    config = replace(tiny, epochs=1, images_per_class=4)
+    assert train.resumed_config(folder, {"epochs": 1}) == config
+    with pytest.raises(utils.UserError, match=r"epochs 1 \(now 5\), lr 0.2 \(now 0.1\)"):
+        train.resumed_config(folder, {"epochs": 5, "lr": 0.1})
+    moved = train.resumed_config(folder, {"device": "auto", "threads": 2, "data_dir": "elsewhere"})
+    assert moved == replace(config, device="auto", threads=2, data_dir="elsewhere")
+
+
+def test_an_older_run_goes_on_and_a_newer_one_is_refused(tiny: Config) -> None:
+    """Settings that it lacks are off, old names are read, unknown ones are named."""
+    folder = train.train(replace(tiny, epochs=1, images_per_class=4))
     content = checkpoint.load(folder / "last.pth")
-    del content["config"]["small_share"]
+    settings = content["config"]
+    settings["small_share"] = settings.pop("small_fraction")
+    del settings["cutout"], settings["trivial_augment"]
     checkpoint.save(folder / "last.pth", content)
-    with pytest.raises(checkpoint.CheckpointError, match=r"another version .* small_share"):
-        checkpoint.run_config(folder, {})
+    expected = replace(tiny, epochs=1, images_per_class=4, cutout=0, trivial_augment=0.0)
+    assert train.resumed_config(folder, {}) == expected
+    settings["teacher"] = "resnet"
+    checkpoint.save(folder / "last.pth", content)
+    with pytest.raises(utils.UserError, match=r"cannot go on: written by a newer version .* teacher"):
+        train.resumed_config(folder, {})
+
+
+def test_what_is_no_run_is_refused_on_resuming(tiny: Config, capsys: pytest.CaptureFixture, handlers: None) -> None:
+    folder = train.train(replace(tiny, epochs=1, images_per_class=4))
     shutil.copy(folder / "best.pth", folder / "last.pth")
     with pytest.raises(checkpoint.CheckpointError, match=r"last\.pth is not what"):
-        checkpoint.run_config(folder, {})
+        train.resumed_config(folder, {})
     (folder / "last.pth").unlink()
-    (folder / "config.json").write_text("[]")
-    for other in (folder, folder.parent):
-        with pytest.raises(checkpoint.CheckpointError, match="no run"):
-            checkpoint.run_config(other, {})
+    for settings in ("[]", "{", '{"epochs": "many"}'):
+        (folder / "config.json").write_text(settings)
+        with pytest.raises(utils.UserError, match=r"no run|cannot go on") as caught:
+            train.resumed_config(folder, {})
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(checkpoint.CheckpointError, match="no run"):
+        train.resumed_config(folder.parent, {})
+    assert train.main(["--resume", str(folder.parent / "none")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: ") and "none" in line
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny: Config) -> None:
-    folder = train.train(replace(tiny, epochs=1))
+    folder = train.train(replace(tiny, epochs=1, images_per_class=4))
     good = (folder / "last.pth").read_bytes()
     config = replace(tiny, optimizer="sgd", lr=1e3)
-    run = train.Training(config, torch.device("cpu"))
-    run.history = checkpoint.load(folder / "last.pth")["history"]
-    images, validation = train.data.load_training(config)
-    with pytest.raises(train.Diverged, match=r"epoch 2 at learning rate 1000"):
-        train.finish_epoch(run, Batches(config, images), validation, lambda: 0, folder)
+    state = train.TrainState(config, torch.device("cpu"))
+    state.history = checkpoint.load(folder / "last.pth")["history"]
+    loader, validation = build_loader(config, torch.device("cpu"))
+    with pytest.raises(utils.UserError, match=r"not finite in epoch 2 at learning rate 1000"):
+        train.fit(state, loader, build_criterion(config), validation, folder)
     assert (folder / "last.pth").read_bytes() == good
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_within_a_step_and_give_the_command(tmp_path: Path, number: int) -> None:
-    """An epoch of this run has 234 steps and takes half a minute at least."""
-    command = [
-        sys.executable, "train.py", "--dataset", "synthetic", "--epochs", "2", "--validation_per_class", "50",
-        "--batch_size", "64", "--small_share", "0", "--threads", "1", "--device", "cpu", "--runs_dir", str(tmp_path),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("*/config.json")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(number)
-    start = time.monotonic()
-    printed, errors = process.communicate(timeout=60)
-    assert time.monotonic() - start < 10  # a step takes about 0.2 s
-    assert "Train Loss" not in printed, "it went on to the end of the epoch"
-    assert process.returncode == 128 + number
-    (folder,) = tmp_path.iterdir()
-    assert printed.splitlines()[-1].endswith(f"python train.py --resume {folder}")
-    assert errors == "\nStopping after this step; once more to stop at once\n", "no bar where it is no terminal"
-    assert not (folder / "log.csv").exists()
+@pytest.mark.parametrize("broken", ["loss", "weight", "statistic"])
+def test_what_is_not_finite_stops_training(tiny: Config, broken: str) -> None:
+    state = train.TrainState(tiny, torch.device("cpu"))
+    train.check_finite(state, 1.0, 0.1)
+    if broken != "loss":
+        name = {"weight": "classifier.bias", "statistic": "stem.1.running_var"}[broken]
+        state.eval_model.state_dict()[name][3] = math.inf
+    with pytest.raises(utils.UserError, match="not finite in epoch 1"):
+        train.check_finite(state, math.nan if broken == "loss" else 1.0, 0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_what_is_no_step(number: int) -> None:
-    """As a download is none: nobody asks there whether to stop."""
-    code = (
-        "import time, train\n"
-        "def wait(*arguments, **more):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
-        "train.train = wait\n"
-        "train.main(train.parse_command_line([]))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "waiting\n"
-    process.send_signal(number)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1)  # the first one only asks
-    process.send_signal(number)
-    assert process.wait(timeout=20) == -number
+def test_a_device_that_is_not_there_is_one_line(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, handlers: None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert train.main(flags(replace(tiny, device="cuda:7"))) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "train.py: error: cuda:7 is not there: torch sees 1 CUDA devices. Try --device cpu"
+    assert not Path(tiny.runs_dir).exists()

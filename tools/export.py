@@ -12,62 +12,57 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import augment
-import checkpoint
 import data
-import evaluate
 from config import Config, OneLineParser
+from evaluate import default_checkpoint, fuse_batchnorm
 from tools.predict import describe, open_checkpoint, probabilities
+from utils import UserError, atomic_write, program
 
 CHECKED, TOLERANCE = 1_000, 1e-4  # images; largest difference of a probability
 SHAPES = ({0: torch.export.Dim("batch")},)
 
 
-class ExportError(Exception):
-    """The file cannot be written or is not the checkpoint's equal; the message is one line."""
-
-
 class Deployed(nn.Module):
-    """The network with its preprocessing: uint8 (N, 32, 32, 3) to probabilities (N, 100)."""
+    """The model with its preprocessing: uint8 (N, 32, 32, 3) to probabilities (N, 100)."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.network = evaluate.folded(network)
-        for name, value in zip(("scale", "shift"), augment.statistics(torch.device("cpu")), strict=True):
+        self.model = fuse_batchnorm(model)
+        for name, value in zip(("scale", "shift"), data.normalisation(torch.device("cpu")), strict=True):
             self.register_buffer(name, value[:, :, :1, :1].clone())
 
     def forward(self, images: Tensor) -> Tensor:
-        planes = images.permute(0, 3, 1, 2).contiguous()  # channels_last strides are more than torch 2.5 can export
-        return self.network(planes.float() * self.scale + self.shift).softmax(1)
+        planes = images.permute(0, 3, 1, 2).contiguous()  # torch 2.5 cannot export channels_last strides
+        return self.model(planes.float() * self.scale + self.shift).softmax(1)
 
 
 def need_onnx() -> None:
-    """Raise ExportError where ONNX cannot be written or checked."""
+    """Raise UserError where ONNX cannot be written or checked."""
     if torch.__version__ < (2, 5):
-        raise ExportError(f".onnx needs torch 2.5 or newer, this is {torch.__version__}. Update it, or export a .pt2")
+        raise UserError(f".onnx needs torch 2.5 or newer, this is {torch.__version__}. Update it, or export a .pt2")
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise ExportError(f"not installed: {', '.join(missing)}. Run: pip install -r requirements-tools.txt")
+        raise UserError(f"not installed: {', '.join(missing)}. Run: pip install -r requirements-tools.txt")
 
 
-def to_onnx(program: torch.export.ExportedProgram, properties: dict[str, str]) -> bytes:
+def to_onnx(exported: torch.export.ExportedProgram, properties: dict[str, str]) -> bytes:
     """An ONNX file without external data, with properties as its metadata."""
     from onnx.helper import set_model_props  # optional
 
     names = {"input_names": ["images"], "output_names": ["probabilities"], "dynamic_shapes": SHAPES}
-    model = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names).model_proto
+    model = torch.onnx.export(exported, dynamo=True, external_data=False, verbose=False, **names).model_proto
     set_model_props(model, properties)
     return model.SerializeToString()
 
 
-def to_pt2(program: torch.export.ExportedProgram, properties: dict[str, str]) -> bytes:
+def to_pt2(exported: torch.export.ExportedProgram, properties: dict[str, str]) -> bytes:
     """A torch.export file, with properties as extra files."""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files=properties)
+    torch.export.save(exported, buffer, extra_files=properties)
     return buffer.getvalue()
 
 
 def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    """The file as onnxruntime runs it."""
+    """A function that runs the file in onnxruntime: uint8 (N, 32, 32, 3) to probabilities (N, 100)."""
     from onnxruntime import InferenceSession, SessionOptions
 
     options = SessionOptions()
@@ -79,47 +74,51 @@ def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 def check_images(dataset: str, data_dir: str) -> tuple[Tensor, str]:
     """Test images spread over all classes, uint8 (1000, 3, 32, 32), and what they are."""
     try:
-        images, what = data.load_test(Config(dataset=dataset, data_dir=data_dir)).images, f"{dataset} test images"
+        images, what = data.load_test(dataset, data_dir).images, f"{dataset} test images"
     except data.DataError:
-        images, what = data.load_test(Config(dataset="synthetic")).images, "synthetic images (CIFAR-100 cannot be had)"
+        images, what = data.load_test("synthetic", data_dir).images, "synthetic images (CIFAR-100 cannot be had)"
     return images[:: len(images) // CHECKED][:CHECKED], what
 
 
 @torch.inference_mode()
-def check(run: Callable[[Tensor], Tensor], network: nn.Module, images: Tensor, what: str) -> str:
-    """Compare a file's probabilities with the network's; raises ExportError unless they are the same."""
-    expected = probabilities(network, images)
-    parts = images.permute(0, 2, 3, 1).contiguous().split((1, 2, 97, len(images) - 100))  # any batch size works
+def check(run: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, what: str) -> str:
+    """Compare a file's probabilities with the model's, for batches of several sizes.
+
+    Returns what was compared, in one line. Raises UserError unless all are equal within TOLERANCE.
+    """
+    expected = probabilities(model, images)
+    parts = images.permute(0, 2, 3, 1).contiguous().split((1, 2, 97, len(images) - 100))
     given = torch.cat([run(part) for part in parts])
     difference, same = (given - expected).abs().max(), (given.argmax(1) == expected.argmax(1)).sum()
-    result = f"{len(images)} {what}: same first guess on {same}, probabilities differ by up to {difference:.1e}"
+    result = f"{len(images)} {what}: same top-1 class on {same}, probabilities differ by up to {difference:.1e}"
     if same < len(images) or not difference <= TOLERANCE:
-        raise ExportError(f"the file is not the checkpoint's equal and was deleted. {result}")
+        raise UserError(f"the file does not give the checkpoint's probabilities and was deleted. {result}")
     return result
 
 
 def export(path: Path, source: Path, data_dir: str = Config.data_dir) -> str:
-    """Write and check; returns what was written and checked; raises ExportError, CheckpointError."""
+    """Write the file and check it. Returns what was written and checked, in two lines. Raises UserError."""
     if onnx := path.suffix.lower() == ".onnx":
         need_onnx()
-    network, about, labels = open_checkpoint(source)
+    model, about, labels = open_checkpoint(source)
     path.parent.mkdir(parents=True, exist_ok=True)
     properties = {name: str(value) for name, value in about.items()} | {"labels": json.dumps(labels)}
-    example = torch.zeros(2, augment.SIDE, augment.SIDE, 3, dtype=torch.uint8)  # 0 and 1 would become constants
-    program = torch.export.export(Deployed(network).eval(), (example,), dynamic_shapes=SHAPES)
-    for node in program.graph.nodes:
+    example = torch.zeros(2, data.SIDE, data.SIDE, 3, dtype=torch.uint8)  # a batch of 1 would become a constant
+    exported = torch.export.export(Deployed(model).eval(), (example,), dynamic_shapes=SHAPES)
+    for node in exported.graph.nodes:
         node.meta.pop("stack_trace", None)  # names this machine's folders
-    content = (to_onnx if onnx else to_pt2)(program, properties)
-    checkpoint.write_whole(path, lambda file: file.write(content))
+    content = (to_onnx if onnx else to_pt2)(exported, properties)
+    atomic_write(path, lambda file: file.write(content))
     try:
         run = read_onnx(path) if onnx else torch.export.load(path).module()
-        result = check(run, network, *check_images(about["dataset"], data_dir))
+        result = check(run, model, *check_images(about["dataset"], data_dir))
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return f"Exported {describe(about)} to {path}, {path.stat().st_size / 1e6:.1f} MB\nChecked on {result}"
 
 
+@program("tools.export")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, help="to write: NAME.onnx or NAME.pt2")
@@ -130,11 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{arguments.file} must end in .onnx or .pt2")
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # torch.export's chatter; errors are printed
-    try:
-        print(export(arguments.file, arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir))
-    except (ExportError, checkpoint.CheckpointError, OSError, ValueError) as error:
-        print(f"tools.export: error: {error}", file=sys.stderr)
-        return 1
+    print(export(arguments.file, arguments.checkpoint or default_checkpoint(), arguments.data_dir))
     return 0
 
 

@@ -31,7 +31,14 @@ def human(name: str) -> str:
 
 
 def class_names(dataset: str) -> tuple[str, ...]:
-    """The 100 names of "cifar100" or "synthetic" (data.synthetic: label = 10 * shape + texture) in label order."""
+    """The 100 names of "cifar100" or "synthetic" (synthetic.py: label = 10 * shape + texture) in label order."""
     if dataset == "synthetic":
         return tuple(f"shape {label // 10}, texture {label % 10}" for label in range(len(NAMES)))
     return NAMES
+
+
+def superclasses(dataset: str) -> dict[str, tuple[str, ...]]:
+    """The names of each superclass's classes. Those of "synthetic" are its ten shapes."""
+    if dataset == "synthetic":
+        return {f"shape {i}": class_names(dataset)[10 * i : 10 * i + 10] for i in range(10)}
+    return SUPERCLASSES

@@ -4,21 +4,25 @@ import copy
 import io
 import sys
 from base64 import b64encode
-from collections import Counter
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 import thop
 import torch
-from matplotlib import figure, image
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from torch import Tensor, nn
 
 import checkpoint
 import data
 import evaluate
 from config import Config, OneLineParser
-from tools.labels import SUPERCLASSES, class_names, human
+from tools.labels import class_names, human, superclasses
+from utils import atomic_write, program
 
 PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>MobileNetV3 on $dataset</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>table { width: 100%; border-spacing: 0 }
@@ -30,119 +34,212 @@ td { background: linear-gradient(#0072b255 0 0) 0/var(--bar) no-repeat; min-widt
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 1rem 1.5rem }
 .images { display: flex; flex-wrap: wrap; gap: 4px } figure { width: 6rem; font-size: .8rem } img { max-width: 100% }
 </style></head><body><h1>MobileNetV3 on the $dataset test set</h1><p>$source</p><main>$main</main></body></html>""")
+BINS = 15  # of confidence, as in Guo et al., "On Calibration of Modern Neural Networks", 2017
+SHOWN_PAIRS, SHOWN_MISTAKES, IMAGES_A_PAIR = 12, 12, 4
 
 
-def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval of a share in percent, for 95 % unless told otherwise (Wilson, 1927)."""
-    centre, spread = hits + z * z / 2, z * (hits * (count - hits) / count + z * z / 4) ** 0.5
+class Mistake(NamedTuple):
+    """A misclassified image, uint8 (3, 32, 32), its class, the predicted class, and that one's probability."""
+
+    image: Tensor
+    true: str
+    predicted: str
+    probability: float
+
+
+class Stage(NamedTuple):
+    """A part of the model: output shape for one 3x32x32 image, parameters, bytes with buffers, thop operations."""
+
+    name: str
+    output: str
+    parameters: int
+    bytes: int
+    operations: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the page shows. All fractions are from 0 to 1."""
+
+    source: str  # which checkpoint, and on which images
+    dataset: str
+    images: int
+    top1: int  # correct images
+    top5: int
+    loss: float  # mean cross-entropy
+    calibration_error: float
+    bins: Tensor  # (3, BINS): images, correct images and summed confidence
+    superclasses: list[tuple[str, float, float]]  # fraction with the right class, and with the right superclass; rising
+    classes: list[tuple[str, float]]  # fraction that is correct; rising
+    mistakes: list[Mistake]  # most confident first
+    operations: int
+    size_kb: float
+    stages: list[Stage]
+
+
+def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Confidence interval of a fraction, in percent; 95 % at the default z (Wilson, 1927)."""
+    centre, spread = correct + z * z / 2, z * (correct * (count - correct) / count + z * z / 4) ** 0.5
     return 100 * (centre - spread) / (count + z * z), 100 * (centre + spread) / (count + z * z)
 
 
-def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> tuple[float, Tensor]:
-    """Expected calibration error (Guo et al., 2017); each bin's images, correct ones, summed confidence, (3, bins)."""
-    places = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bin m: above m / bins, up to (m + 1) / bins
-    sums = torch.stack([places.bincount(weight, bins) for weight in (torch.ones_like(correct), correct, confidence)])
-    return ((sums[1] - sums[2]).abs().sum() / len(places)).item(), sums
+def calibration(confidence: Tensor, correct: Tensor, bins: int = BINS) -> tuple[float, Tensor]:
+    """Expected calibration error (Guo et al., 2017) of predictions (N,).
+
+    Also each bin's images, correct images and summed confidence, (3, bins). Bin m holds confidences above m / bins,
+    up to (m + 1) / bins.
+    """
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    sums = torch.stack([index.bincount(weight, bins) for weight in (torch.ones_like(correct), correct, confidence)])
+    return ((sums[1] - sums[2]).abs().sum() / len(index)).item(), sums
 
 
-def reliability(sums: Tensor) -> str:
-    """Reliability diagram of what `calibration` summed, as HTML."""
+def stages(model: nn.Module) -> list[Stage]:
+    """The model's stages from input to output."""
+    parts = {"stem": model.stem} | {f"block {i}": block for i, block in enumerate(model.blocks, start=1)}
+    parts |= {"head": model.head, "classifier": nn.Sequential(model.pool, nn.Flatten(), model.classifier)}
+    rows, x = [], torch.zeros(1, 3, data.SIDE, data.SIDE)
+    for name, part in parts.items():
+        operations, parameters = thop.profile(copy.deepcopy(part), (x,), verbose=False)
+        x = part(x).detach()
+        shape = "x".join(map(str, x.shape[1:]))
+        rows.append(Stage(name, shape, int(parameters), evaluate.model_bytes(part), int(operations)))
+    return rows
+
+
+def compute(path: Path, data_dir: str = Config.data_dir) -> Results:
+    """Grade a checkpoint on its data set's test images. Raises UserError."""
+    content = checkpoint.load(path)
+    model, dataset = evaluate.load_model(content, path), content["config"]["dataset"]
+    images, labels = data.load_test(dataset, data_dir)
+    logits = evaluate.logits(model, images).double()
+    top = logits.softmax(1).topk(5)
+    confidence, predicted = top.values[:, 0], top.indices[:, 0]
+    correct = predicted == labels
+    error, bins = calibration(confidence, correct.double())
+
+    names, groups = class_names(dataset), superclasses(dataset)
+    group_of = torch.tensor([i for name in names for i, members in enumerate(groups.values()) if name in members])
+    same_group = group_of[labels] == group_of[predicted]
+
+    def fraction(values: Tensor, where: Tensor) -> float:
+        return values[where].double().mean().item()
+
+    members = {human(name): group_of[labels] == i for i, name in enumerate(groups)}
+    supers = [(name, fraction(correct, where), fraction(same_group, where)) for name, where in members.items()]
+    classes = [(human(name), fraction(correct, labels == i)) for i, name in enumerate(names)]
+    wrong = [i for i in confidence.argsort(descending=True).tolist() if not correct[i]]
+    operations, size_kb = evaluate.count_cost(model)
+    return Results(
+        source=f"Checkpoint {path}, experiment {content['config']['experiment']}, epoch {content['epoch']}, "
+        f"written {content['date']}, graded on {len(labels)} {dataset} test images",
+        dataset=dataset,
+        images=len(labels),
+        top1=int(correct.sum()),
+        top5=int((top.indices == labels[:, None]).sum()),
+        loss=F.cross_entropy(logits, labels).item(),
+        calibration_error=error,
+        bins=bins,
+        superclasses=sorted(supers, key=lambda row: row[1]),
+        classes=sorted(classes, key=lambda row: row[1]),
+        mistakes=[
+            Mistake(images[i], human(names[labels[i]]), human(names[predicted[i]]), confidence[i].item()) for i in wrong
+        ],
+        operations=operations,
+        size_kb=size_kb,
+        stages=stages(model),
+    )
+
+
+def render(results: Results) -> str:
+    """The page: one file of HTML that needs no other."""
+    columns = [results.classes[i : i + 25] for i in range(0, len(results.classes), 25)]
+    cost = f"flops = {results.operations}, Model parameter size = {results.size_kb:.3f} kB"
+    total = ("total", "", *(sum(stage[i] for stage in results.stages) for i in (2, 3, 4)))
+    sections = {
+        "Accuracy": table(("measure", "value", "95 % interval (Wilson)"), *scores(results)) + diagram(results.bins),
+        "Superclasses": table(("superclass", "class correct", "superclass correct"), *results.superclasses),
+        "Classes": "".join(table(("class", "correct"), *rows) for rows in columns),
+        "Most confused pairs: true → predicted class, probability": pairs(results.mistakes),
+        "Most confident mistakes: true → predicted class, probability": gallery(results.mistakes[:SHOWN_MISTAKES]),
+        f"Cost: {cost}": table(("stage", "output", "parameters", "bytes", "operations"), *results.stages, total),
+    }
+    main = "".join(
+        f'<h2>{title} ({results.dataset})</h2><div class="grid">{html}</div>' for title, html in sections.items()
+    )
+    return PAGE.substitute(dataset=results.dataset, source=escape(results.source), main=main)
+
+
+def scores(results: Results) -> list[tuple[str, str | float, str]]:
+    """The rows of the first table: measure, value, interval."""
+    rows = []
+    for k, correct in ((1, results.top1), (5, results.top5)):
+        low, high = wilson(correct, results.images)
+        rows.append((f"top-{k} accuracy", correct / results.images, f"{low:.2f} to {high:.2f} %"))
+    rows.append(("expected calibration error", results.calibration_error, ""))
+    return [*rows, ("loss", f"{results.loss:.4f}", "")]
+
+
+def table(head: tuple[str, ...], *rows: tuple[str | int | float, ...]) -> str:
+    """A table that scrolls by itself. Fractions, which are floats of 0 to 1, are drawn as bars."""
+    html = "".join(f'<th scope="col">{name}</th>' for name in head)
+    for name, *values in rows:
+        html += f'</tr><tr><th scope="row">{name}</th>'
+        for v in values:
+            html += f'<td style="--bar: {v:.1%}">{100 * v:.2f} %</td>' if isinstance(v, float) else f"<td>{v}</td>"
+    return f'<div role="region" tabindex="0" aria-label="{head[0]}"><table><tr>{html}</tr></table></div>'
+
+
+def png(file: io.BytesIO, description: str) -> str:
+    """An image element that holds a PNG file."""
+    return f'<img alt="{description}" src="data:image/png;base64,{b64encode(file.getvalue()).decode()}">'
+
+
+def diagram(sums: Tensor) -> str:
+    """The reliability diagram of what `calibration` summed."""
     bins, (accuracy, confidence) = sums.shape[1], (sums[1:] / sums[0]).numpy()  # NaN, not drawn, in an empty bin
-    axes = figure.Figure(layout="constrained").subplots(subplot_kw={"xlabel": "confidence", "ylabel": "accuracy"})
+    axes = Figure(layout="constrained").subplots(subplot_kw={"xlabel": "confidence", "ylabel": "accuracy"})
     axes.bar([(i + 0.5) / bins for i in range(bins)], accuracy, 0.9 / bins, color="#0072b2", label="accuracy")
     axes.plot(confidence, accuracy, "o", color="#d55e00", label="accuracy at the mean confidence")
     axes.plot((0, 1), (0, 1), "--", color="0.5", label="perfect calibration")
     axes.legend(loc="upper left")
-    axes.figure.savefig(png := io.BytesIO(), dpi=150, transparent=True)
-    return f'<img alt="Reliability diagram" src="data:image/png;base64,{b64encode(png.getvalue()).decode()}">'
+    axes.figure.savefig(file := io.BytesIO(), dpi=150, transparent=True)
+    return png(file, "Reliability diagram")
 
 
-def gallery(mistakes: list[tuple[Tensor, str, str, float]]) -> str:
-    """Images, uint8 (3, 32, 32), above their true class, the predicted one and its probability."""
+def gallery(mistakes: list[Mistake]) -> str:
+    """Images, each above its class, the predicted class and that one's probability."""
     html = ""
-    for pixels, true, guess, p in mistakes:
-        image.imsave(png := io.BytesIO(), pixels.permute(1, 2, 0).contiguous().numpy(), format="png")
-        html += f'<figure><img alt="image: {true}" src="data:image/png;base64,{b64encode(png.getvalue()).decode()}">'
-        html += f"<figcaption>{true} → {guess}, {100 * p:.1f}&nbsp;%</figcaption></figure>"
+    for mistake in mistakes:
+        imsave(file := io.BytesIO(), mistake.image.permute(1, 2, 0).contiguous().numpy(), format="png")
+        caption = f"{mistake.true} → {mistake.predicted}, {100 * mistake.probability:.1f}&nbsp;%"
+        html += f"<figure>{png(file, f'image: {mistake.true}')}<figcaption>{caption}</figcaption></figure>"
     return f'<div class="images">{html}</div>'
 
 
-def table(*rows: tuple[str | int | float, ...]) -> str:
-    """Headings, then rows of a name, texts, counts, and shares of 0..1 drawn as bars; it scrolls by itself."""
-    html = "".join(f'<th scope="col">{name}</th>' for name in rows[0])
-    for name, *values in rows[1:]:
-        html += f'</tr><tr><th scope="row">{name}</th>'
-        for v in values:
-            html += f'<td style="--bar: {v:.1%}">{100 * v:.2f} %</td>' if isinstance(v, float) else f"<td>{v}</td>"
-    return f'<div role="region" tabindex="0" aria-label="{rows[0][0]}"><table><tr>{html}</tr></table></div>'
+def pairs(mistakes: list[Mistake]) -> str:
+    """The pairs of classes that are confused most often, in either direction, with some of their images."""
+    members: dict[tuple[str, ...], list[Mistake]] = {}
+    for mistake in mistakes:
+        members.setdefault(tuple(sorted((mistake.true, mistake.predicted))), []).append(mistake)
+    most = sorted(members.items(), key=lambda item: -len(item[1]))[:SHOWN_PAIRS]
+    return "".join(
+        f"<div><h3>{one} and {other}: {len(rows)}</h3>{gallery(rows[:IMAGES_A_PAIR])}</div>"
+        for (one, other), rows in most
+    )
 
 
-def stages(network: nn.Module) -> list[tuple[str, str, int, int, int]]:
-    """Name, output shape for one 3x32x32 image, parameters, bytes with buffers, thop operations; and their total."""
-    parts = {"stem": network.stem} | {f"block {i}": block for i, block in enumerate(network.blocks, start=1)}
-    parts |= {"head": network.head, "classifier": nn.Sequential(network.pool, nn.Flatten(), network.classifier)}
-    rows, x = [], torch.zeros(1, 3, 32, 32)
-    for name, part in parts.items():
-        operations, parameters = thop.profile(copy.deepcopy(part), (x,), verbose=False)
-        x = part(x).detach()
-        rows.append((name, "x".join(map(str, x.shape[1:])), int(parameters), evaluate.size(part), int(operations)))
-    return [*rows, ("total", "", *(sum(row[i] for row in rows) for i in (2, 3, 4)))]
-
-
-def build(path: Path, data_dir: str = Config.data_dir) -> tuple[str, float]:
-    """The page on a checkpoint, and its accuracy in percent; raises CheckpointError, DataError."""
-    content = checkpoint.load(path)
-    network, dataset = evaluate.load_network(content, path), content["config"]["dataset"]
-    images, labels = data.load_test(Config(dataset=dataset, data_dir=data_dir))
-    logits = evaluate.logits(network, images).double()
-    top, count = logits.softmax(1).topk(5), len(labels)
-    hits, confidence, guesses = top.indices == labels[:, None], top.values[:, 0], top.indices[:, 0]
-    names = class_names(dataset)
-    shapes = {f"shape {s}": names[10 * s : 10 * s + 10] for s in range(10)}
-    groups = shapes if dataset == "synthetic" else SUPERCLASSES
-    kin = torch.tensor([i for name in names for i, members in enumerate(groups.values()) if name in members])
-    correct, related = hits[:, 0].double(), (kin[labels] == kin[guesses]).double()
-    right = [(k, int(hits[:, :k].sum())) for k in (1, 5)]
-    scores = [(f"top-{k} accuracy", n / count, "{:.2f} to {:.2f} %".format(*wilson(n, count))) for k, n in right]
-    (error, sums), loss = calibration(confidence, correct), nn.functional.cross_entropy(logits, labels)
-    scores += [("expected calibration error", error, ""), ("loss", f"{loss:.4f}", "")]
-    classes = [(name, correct[labels == i].mean().item()) for i, name in enumerate(names)]
-    supers = [(name, *(x[kin[labels] == i].mean().item() for x in (correct, related))) for i, name in enumerate(groups)]
-    classes, supers = (sorted(rows, key=lambda row: row[1]) for rows in (classes, supers))
-    order = [i for i in confidence.argsort(descending=True).tolist() if not hits[i, 0]]
-    wrong = [(images[i], names[labels[i]], names[guesses[i]], confidence[i].item()) for i in order]
-    pairs = ""
-    for (a, b), n in Counter(tuple(sorted(row[1:3])) for row in wrong).most_common(12):
-        pairs += f"<div><h3>{a} and {b}: {n}</h3>{gallery([row for row in wrong if {a, b} == {*row[1:3]}][:4])}</div>"
-    cost = "flops = {}, Model parameter size = {:.3f} kB".format(*evaluate.measure(network))
-    parts = {
-        "Accuracy": table(("measure", "value", "95 % interval (Wilson)"), *scores) + reliability(sums),
-        "Superclasses": table(("superclass", "class correct", "superclass correct"), *supers),
-        "Classes": "".join(table(("class", "correct"), *classes[i : i + 25]) for i in range(0, 100, 25)),
-        "Most confused pairs: true → predicted class, probability": pairs,
-        "Most confident mistakes: true → predicted class, probability": gallery(wrong[:12]),
-        f"Cost: {cost}": table(("stage", "output", "parameters", "bytes", "operations"), *stages(network)),
-    }
-    source = f"Checkpoint {path}, experiment {content['config']['experiment']}, epoch {content['epoch']}, "
-    source += f"written {content['date']}, graded on {count} {dataset} test images"
-    main = "".join(f'<h2>{title} ({dataset})</h2><div class="grid">{html}</div>' for title, html in parts.items())
-    return PAGE.substitute(dataset=dataset, source=escape(source), main=human(main)), 100 * correct.mean().item()
-
-
+@program("tools.report")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.report", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="default: the one that evaluate.py grades")
+    parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     parser.add_argument("--output", type=Path, default="report/index.html", help="[%(default)s]")
     parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
     arguments = parser.parse_args(argv)
-    try:
-        page, accuracy = build(arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(arguments.output, lambda file: file.write(page.encode()))
-    except (checkpoint.CheckpointError, data.DataError, OSError, ValueError) as error:
-        print(f"tools.report: error: {error}", file=sys.stderr)
-        return 1
-    print(f"{arguments.output}\nAccuracy = {accuracy:.2f} %")
+    results = compute(arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(arguments.output, lambda file: file.write(render(results).encode()))
+    print(f"{arguments.output}\nAccuracy = {100 * results.top1 / results.images:.2f} %")
     return 0
 
 

@@ -1,0 +1,78 @@
+"""What a step needs beside the model: optimizer, schedule, loss and averaged weights; `config` is a config.Config."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (images, logits, labels) to the batch's mean loss
+DEFAULT_STEP = 38 / 130  # of the run between two decays, as in the best of the report's experiments
+
+
+def build_optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum 0.9; without `decay_norms` norms and biases have no weight decay."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim < 2]},
+    ]
+    groups[1]["weight_decay"] = config.weight_decay if config.decay_norms else 0.0
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
+    for p in model.parameters():  # torch leaves them unset where GradScaler skips the first step
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def build_scheduler(config: Any, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    """StepLR or cosine to 0, stepped once an epoch, times a linear warm-up of at most a quarter of the run."""
+    if config.schedule == "cosine":
+        decay = lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
+    else:
+        step = config.lr_step or max(1, round(config.epochs * DEFAULT_STEP))
+        decay = lr_scheduler.StepLR(optimizer, step, config.lr_gamma)
+    warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
+    if not warmup_epochs:
+        return decay
+    warmup = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup_epochs + 1), total_iters=warmup_epochs)
+    return lr_scheduler.ChainedScheduler([warmup, decay])
+
+
+def build_criterion(config: Any) -> Criterion:
+    """Cross-entropy with label smoothing (Szegedy et al., 2016); a loss with a teacher would look at the images."""
+
+    def criterion(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+
+    return criterion
+
+
+class EMA:
+    """Exponential moving average of a model's weights and batch-norm statistics (Tarvainen and Valpola, 2017).
+
+    The decay rises as (1 + t) / (10 + t) to its setting, so that the first random weights do not linger. torch's
+    AveragedModel synchronises with the device at each update.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay, self.updates = copy.deepcopy(model), decay, 0
+        pairs = zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
+        self.averaged, self.current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+
+    def update(self) -> None:
+        """Take in the model's present weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"network": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["network"])
+        self.updates = state["updates"]

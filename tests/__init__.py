@@ -1,0 +1,1 @@
+"""Tests of the programs, and a soak test: python -m tests.soak."""

@@ -1,0 +1,70 @@
+"""What several tests share: small settings, small checkpoints, a small data set, hostile content."""
+
+import csv
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from torch import nn
+
+import checkpoint
+import data
+from config import Config, preset
+from synthetic import synthetic
+
+# A run of some seconds: 500 training and 300 validation images of the synthetic set, 7 steps an epoch.
+# It starts from a preset, so that a default can be edited and the suite still passes.
+TINY = Config(
+    **preset("scratch") | {"validation_per_class": 3, "batch_size": 64, "epochs": 2},
+    dataset="synthetic", images_per_class=8, device="cpu", threads=1, seed=0, compile=False,
+)  # fmt: skip
+EVERYTHING = {  # the parts of a recipe that hold a state or draw random numbers
+    "schedule": "cosine", "warmup_epochs": 1, "lr": 3e-3, "weight_decay": 0.05, "decay_norms": False, "ema": 0.9,
+    "label_smoothing": 0.1, "dropout": 0.1, "trivial_augment": 0.5, "cutout": 8, "mixup": 0.2, "cutmix": 1.0,
+    "mix_prob": 0.5, "small_fraction": 0.5,
+}  # fmt: skip
+PER_CLASS = {"train": 3, "test": 2}  # images a class of the small data set
+
+
+class Bomb:
+    """Code that runs where it is unpickled."""
+
+    exploded = False
+
+    def __reduce__(self) -> tuple:
+        return setattr, (Bomb, "exploded", True)
+
+
+def write_checkpoint(path: Path, model: nn.Module, dataset: str = "synthetic", **more: Any) -> Path:
+    """A checkpoint of the model, as a run writes best.pth; `more` adds to its content, or replaces parts of it."""
+    config = asdict(Config(dataset=dataset))
+    content = {"config": config, "date": "2026-01-01", "epoch": 1, "weights": model.state_dict()}
+    checkpoint.save(path, content | more)
+    return path
+
+
+def small_set() -> dict[str, np.ndarray]:
+    """A synthetic stand-in for the official arrays."""
+    arrays = {}
+    for source, per_class in PER_CLASS.items():
+        images, labels = synthetic(per_class, seed=1)
+        arrays[f"{source}_images"] = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+        arrays[f"{source}_labels"] = labels.numpy().astype(np.uint8)
+    return arrays
+
+
+def taken_for_official(arrays: dict[str, np.ndarray]) -> Any:
+    """A context in which the program takes these arrays' shapes and digests for the official ones."""
+    digests = {name: hashlib.sha256(arrays[name].tobytes()).hexdigest() for name in data.SHA256}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    return mock.patch.multiple(data, SHA256=digests, SHAPES=shapes)
+
+
+def log_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's log.csv without the columns of time."""
+    with (folder / "log.csv").open() as file:
+        timing = ("seconds", "images_per_second")
+        return [{name: cell for name, cell in row.items() if name not in timing} for row in csv.DictReader(file)]

@@ -1,0 +1,41 @@
+"""The benchmark's parts, as far as they take seconds: what is timed, and where the start's measurement ends."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import benchmark
+from utils import UserError
+
+
+class Batches(list):
+    """A loader of one epoch."""
+
+    batch_size = 4
+
+
+def test_timed_counts_neither_warmup_nor_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that each batch moves on by a second."""
+    clock = [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    loader = benchmark.Timed(Batches([(torch.zeros(4), torch.zeros(4))] * 3), warmup=5, seconds=10)
+    assert (len(loader), loader.batch_size) == (3, 4)
+    taken = 0
+    for _ in loader:
+        taken += 1
+        clock[0] += 1
+    assert taken == 5 + 10 and loader.speed == 4
+
+
+def test_start_is_measured_up_to_the_first_step(tmp_path: Path) -> None:
+    flags = ["--dataset", "synthetic", "--images_per_class", "60", "--device", "cpu", "--threads", "1"]
+    printed = benchmark.succeed("-c", benchmark.START, "--runs_dir", str(tmp_path), *flags)
+    assert "Epoch 1/" in printed and "Train Loss" not in printed
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_a_command_that_fails_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^-c 1 / 0 failed\. ZeroDivisionError: division by zero$"):
+        benchmark.succeed("-c", "\n1 / 0")

@@ -1,0 +1,148 @@
+"""Publishing: the record, the shipped checkpoint, and what is refused."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+import checkpoint
+import data
+import evaluate
+import train
+from config import Config
+from tests.helpers import small_set, taken_for_official, write_checkpoint
+from tools import publish
+from tools.curves import read_log
+
+RECORD = Path("docs/results/small.json")
+
+
+@pytest.fixture
+def run(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A finished run of two epochs on a small data set that is taken for the official one; the folder is empty else."""
+    arrays = small_set()
+    np.savez(tmp_path / "cifar100.npz", **arrays)
+    monkeypatch.chdir(tmp_path)
+    settings = {"dataset": "cifar100", "data_dir": ".", "validation_per_class": 1, "images_per_class": 0}
+    with taken_for_official(arrays):
+        yield train.train(replace(tiny, **settings))
+
+
+def main(*argv: object) -> int:
+    return publish.main([str(value) for value in ("--data_dir", ".", *argv)])
+
+
+def test_record_holds_what_was_measured(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(run, "--name", "small", "--commit", "abc1234", "--machine", "two cores") == 0
+    assert str(RECORD) in capsys.readouterr().out.splitlines()[-1]
+    record, best = json.loads(RECORD.read_text()), checkpoint.load(run / "best.pth")
+    assert (record["name"], record["commit"], record["machine"]) == ("small", "abc1234", "two cores")
+    assert (record["run"], record["torch"], record["date"]) == (run.name, best["torch"], best["date"])
+    assert (record["seed"], record["epochs"], record["best_epoch"]) == (0, 2, best["epoch"])
+    assert record["config"]["lr"] == 0.2 and not record["config"].keys() & {"data_dir", "device", "seed"}
+    history = read_log(Path(record["log"]))
+    assert history == read_log(run / "log.csv") and Path(record["log"]) == Path("docs/logs/small.csv")
+    row = history[record["best_epoch"] - 1]
+    for name in ("train", "validation"):
+        assert record[name]["accuracy"] == pytest.approx(row[f"{name}_accuracy"], abs=1e-5)
+        assert record[name]["loss"] == pytest.approx(row[f"{name}_loss"], abs=1e-5)
+    graded = evaluate.grade(run / "best.pth", data_dir=".")
+    assert record["test"] == pytest.approx({key: graded[key] for key in ("accuracy", "top5", "loss", "images")}, 1e-4)
+    assert record["test"]["images"] == 200 and record["cost"] == {"operations": 11_776_320, "size_kb": 3814.391}
+    assert Path(record["curves"]).read_bytes().startswith(b"\x89PNG")
+    assert not checkpoint.PUBLISHED.exists()
+
+
+def test_train_eval_is_measured_in_eval_mode_on_the_runs_own_images(run: Path) -> None:
+    main(run, "--name", "small")
+    images = data.load_training("cifar100", ".", 1)[0]
+    model = evaluate.load_model(checkpoint.load(run / "best.pth"), run)
+    scores = evaluate.evaluate(model, images)
+    expected = {"accuracy": scores.top1, "loss": scores.loss, "images": 200}
+    assert json.loads(RECORD.read_text())["train_eval"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_run_is_graded_once(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(run, "--name", "small") == 0
+    written = RECORD.read_bytes()
+    capsys.readouterr()
+    assert main(run, "--name", "small", "--commit", "other") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is measured" in line and "--again" in line and RECORD.read_bytes() == written
+    assert main(run, "--name", "small", "--commit", "other", "--again") == 0
+    assert json.loads(RECORD.read_text())["commit"] == "other"
+
+
+def test_a_claim_and_its_title_are_kept(run: Path, capsys: pytest.CaptureFixture) -> None:
+    """A record of other settings, and a file that is no record, are not overwritten."""
+    config = publish.recipe(Config(**checkpoint.load(run / "best.pth")["config"]))
+    claimed = {"accuracy": 99.0, "epoch": "best"}
+    claim = {"title": "small run", "config": config, "seed": 0, "test": None, "claimed": claimed}
+    RECORD.parent.mkdir(parents=True)
+    for wrong, text in (
+        (claim | {"seed": 1}, "seed 1 (now 0)"),
+        (claim | {"config": config | {"lr_step": 35}}, "lr_step 35 (now 0)"),
+        ([claim], "not the record of a run"),
+        ({"cores": 2}, "not the record of a run"),
+    ):
+        RECORD.write_text(json.dumps(wrong))
+        assert main(run, "--name", "small") == 1
+        assert text in capsys.readouterr().err
+        assert json.loads(RECORD.read_text()) == wrong
+    RECORD.write_text(json.dumps(claim))
+    assert main(run, "--name", "small") == 0
+    record = json.loads(RECORD.read_text())
+    assert (record["title"], record["claimed"]) == ("small run", claimed) and record["test"]
+
+
+def test_shipping_adds_provenance(run: Path) -> None:
+    assert main(run, "--ship") == 0
+    best, shipped = checkpoint.load(run / "best.pth"), checkpoint.load(Path("checkpoints/published.pth"))
+    assert shipped.keys() - best.keys() == {"run", "test", "history", "digests"}
+    assert shipped["history"] == checkpoint.load(run / "last.pth")["history"] and shipped["run"] == run.name
+    assert shipped["digests"] == data.SHA256
+    assert shipped["test"]["accuracy"] == evaluate.grade(checkpoint.PUBLISHED, data_dir=".")["accuracy"]
+    assert Path("docs/results/default.json").exists(), "the name is the experiment's unless one is given"
+
+
+def test_unfinished_and_synthetic_runs_are_refused(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def error() -> str:
+        assert main(tmp_path) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "last.pth is not there" in error()
+    write_checkpoint(tmp_path / "best.pth", model)
+    write_checkpoint(tmp_path / "last.pth", model)
+    assert "synthetic data" in error()
+    config = {"dataset": "cifar100", "experiment": "default", "epochs": 3}
+    for name in ("best.pth", "last.pth"):
+        write_checkpoint(tmp_path / name, model, config=config, epoch=2)
+    assert "2 of 3 epochs" in error() and "--resume" in error()
+    for name in ("best.pth", "last.pth"):
+        write_checkpoint(tmp_path / name, model, config=config | {"teacher": "any"}, epoch=3)
+    assert "cannot be published" in error() and "teacher" in error()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pth", "last.pth"]
+
+
+def test_a_name_is_no_path(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main("any", "--name", "../any")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "--name" in line
+
+
+def test_commit_is_null_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object, **more: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert publish.head_commit() is None
+    assert publish.this_machine(3)

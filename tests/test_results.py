@@ -1,0 +1,186 @@
+"""The written results: made from the records and logs alone, and checked against them."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import checkpoint
+from config import parse_command_line, preset
+from tools import results, tables
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a copy of README.md and docs/."""
+    shutil.copytree("docs", tmp_path / "docs")
+    shutil.copy("README.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def change(path: str, old: str, new: str) -> None:
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new))
+
+
+def check_fails(capsys: pytest.CaptureFixture) -> str:
+    """The one line of a check that fails and writes nothing."""
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert results.main(["--check"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+    return line
+
+
+def run(name: str, claimed: float, test: float | None = None, train_eval: float | None = None) -> dict[str, Any]:
+    """A record with the figures that the sentences need."""
+    record: dict[str, Any] = {"name": name, "claimed": {"accuracy": claimed, "epoch": "best"}, "history": []}
+    record["test"] = None if test is None else {"accuracy": test, "images": 10_000}
+    return record | {"train_eval": None if train_eval is None else {"accuracy": train_eval}}
+
+
+def test_check_passes_on_the_committed_files() -> None:
+    assert results.main(["--check"]) == 0
+
+
+def test_check_fails_when_a_record_changes(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    figure = f"{json.loads(Path('docs/results/scratch.json').read_text())['test']['accuracy']}"
+    change("docs/results/scratch.json", f'"accuracy": {figure}', '"accuracy": 12.34')
+    line = check_fails(capsys)
+    assert "docs/results.md" in line and "README.md" in line and "performance" not in line
+    assert results.main([]) == 0
+    assert "Accuracy = 12.34 %" in Path("README.md").read_text()
+    assert Path("docs/curves/experiments.png").read_bytes().startswith(b"\x89PNG")
+    assert results.main(["--check"]) == 0
+
+
+def test_check_fails_when_a_log_changes(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    log = Path("docs/logs/ablation-sgd.csv")
+    *rows, last = log.read_text().splitlines()
+    cells = last.split(",")
+    cells[5] = "12.34"  # validation_accuracy of the last epoch
+    log.write_text("\n".join([*rows, ",".join(cells)]) + "\n")
+    line = check_fails(capsys)
+    assert "docs/results.md" in line and "README.md" not in line
+
+
+def test_check_fails_when_a_page_is_edited(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    change("README.md", "Accuracy = 7", "Accuracy = 8")
+    assert check_fails(capsys).startswith("tools.results: error: README.md:")
+
+
+def test_a_record_that_differs_from_its_log_is_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    best = json.loads(Path("docs/results/result6.json").read_text())["validation"]["accuracy"]
+    change("docs/results/result6.json", f'"accuracy": {best}', f'"accuracy": {best + 1}')
+    line = check_fails(capsys)
+    assert "result6.json" in line and "result6.csv" in line and str(best) in line
+
+
+def test_a_page_without_its_markers_is_one_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    change("README.md", "<!-- /grade -->", "")
+    assert "<!-- /grade -->" in check_fails(capsys)
+
+
+def test_a_damaged_record_is_one_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("docs/results/others.json").write_text("[")
+    assert "others.json is not JSON" in check_fails(capsys)
+
+
+def test_fraction_by_hand() -> None:
+    """0.6 of the images seen and always right, 0.4 held out and right half of the time: 80 %."""
+    assert tables.fraction(80, 100, 50) == pytest.approx(0.6)
+    assert tables.fraction(50, 100, 50) == 0
+
+
+def test_fractions_agree_or_not() -> None:
+    records = {name: run(name, 80) for name in tables.EXPERIMENTS}
+    records["result1"] = run("result1", 80, test=50, train_eval=100)
+    records["result2"] = run("result2", 68, test=40, train_eval=90)
+    text = tables.fractions(records)
+    assert "| `result1` | 80.00 % | 100.00 % | 50.00 % | 60.00 % |" in text
+    assert "| `result3` | 80.00 % | not measured | not measured | not measured |" in text
+    assert "\n\n2 of 6 fractions can be computed. They lie between 56.0 and 60.0 %" in text
+    assert text.endswith("4.0 points apart: they agree within 5 points.")
+    records["result2"] = run("result2", 50, test=40, train_eval=90)
+    assert "do not agree within 5 points" in tables.fractions(records)
+
+
+def test_a_gain_is_compared_with_the_claim() -> None:
+    base = run("result1", claimed=80, test=50)
+    assert "measured +4.00 points" in tables.compare(run("result2", 85, test=54), base)
+    assert "The direction holds" in tables.compare(run("result2", 85, test=54), base)
+    assert "The opposite holds" in tables.compare(run("result2", 85, test=46), base)
+    # Two standard errors of a difference near 50 % on 10,000 images: 2 * sqrt(2 * 0.25 / 10,000) = 1.41 points.
+    assert "two standard errors are 1.41 points" in tables.compare(run("result2", 85, test=51), base)
+    assert "claimed +5.00 points; not measured (`result2`)" in tables.compare(run("result2", 85), base)
+
+
+def test_a_run_memorises_when_train_is_right_and_validation_loss_rises() -> None:
+    def history(train: float, losses: list[float]) -> list[dict[str, float]]:
+        common = {"train_accuracy": train, "train_loss": 0.1, "validation_accuracy": 40.0}
+        return [common | {"epoch": epoch, "validation_loss": loss} for epoch, loss in enumerate(losses, start=1)]
+
+    assert tables.memorises(run("a", 80) | {"history": history(99, [3, 2, 4])}).endswith("It holds.")
+    assert tables.memorises(run("a", 80) | {"history": history(99, [4, 3, 2])}).endswith("It does not hold.")
+    assert tables.memorises(run("a", 80) | {"history": history(60, [3, 2, 4])}).endswith("It does not hold.")
+    assert tables.memorises(run("a", 80)) == "- `a`: not measured."
+
+
+def test_gains_are_paired_by_seed() -> None:
+    ends = {"ablation-base": 50.0, "ablation-base-seed1": 60.0, "ablation-sgd": 53.0, "ablation-sgd-seed1": 61.0}
+    logs = {name: [{"validation_accuracy": 0.0}, {"validation_accuracy": end}] for name, end in ends.items()}
+    row = {"base": "base", "logs": ["docs/logs/ablation-sgd.csv", "docs/logs/ablation-sgd-seed1.csv"]}
+    assert tables.gains(row, logs) == [3.0, 1.0]
+
+
+def test_more_seeds_give_mean_and_deviation() -> None:
+    records = {"scratch": run("scratch", 0, test=73) | {"config": {"epochs": 140}, "seed": 0}}
+    assert tables.spread(records) == "one seed, 0"
+    records["other"] = run("other", 0, test=90) | {"config": {"epochs": 1}, "seed": 1}
+    records["scratch-seed1"] = records["scratch"] | run("scratch-seed1", 0, test=75)
+    assert tables.spread(records) == "2 seeds: 73.00, 75.00; mean 74.00, standard deviation 1.41"
+
+
+def test_figures_that_are_null_are_not_measured() -> None:
+    assert (tables.percent(None), tables.duration(None)) == ("not measured", "not measured")
+    assert [tables.duration(seconds) for seconds in (40, 180, 7524)] == ["40 s", "3 min", "2.1 hours"]
+
+
+def test_records_have_the_recipes_of_the_presets() -> None:
+    for name in (*tables.EXPERIMENTS, "scratch"):
+        recorded = json.loads(Path(f"docs/results/{name}.json").read_text())["config"]
+        assert recorded.items() <= preset(name).items(), name
+
+
+def test_the_shipped_record_is_the_published_checkpoints() -> None:
+    record, content = json.loads(Path("docs/results/scratch.json").read_text()), checkpoint.load(checkpoint.PUBLISHED)
+    assert record["test"] == pytest.approx(content["test"], abs=1e-5)
+    assert (record["run"], record["best_epoch"], record["torch"]) == (
+        content["run"],
+        content["epoch"],
+        content["torch"],
+    )
+    assert results.read_log(Path(record["log"])) == content["history"]
+
+
+def test_each_comparison_has_its_row_and_flags_that_work() -> None:
+    rows = json.loads(Path("docs/results/ablations.json").read_text())
+    logs = [Path(path) for row in rows for path in row["logs"]]
+    assert sorted(logs) == sorted(Path("docs/logs").glob("ablation-*.csv")) != []
+    for row in rows:
+        assert parse_command_line(row["flags"].split()).config
+
+
+def test_no_measured_figure_is_typed_into_the_template() -> None:
+    assert not re.findall(r"\d\.\d+ %", results.TEMPLATE.read_text())
+
+
+def test_links_lead_to_files() -> None:
+    for page in (Path("README.md"), *Path("docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:{}]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"

@@ -1,0 +1,79 @@
+"""Training with several seeds: their spread, wrong command lines, and Ctrl-C."""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import train
+from config import Config
+from tools import seeds
+
+SETTINGS = {"epochs": 1, "dataset": "synthetic", "images_per_class": 8, "validation_per_class": 3, "threads": 1}
+FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """The program sets them for its whole process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_seeds_give_mean_and_standard_deviation(tiny: Config, capsys: pytest.CaptureFixture) -> None:
+    assert seeds.main(["2", *FLAGS, "--seed", "5", "--runs_dir", tiny.runs_dir]) == 0
+    contents = [checkpoint.load(path) for path in sorted(Path(tiny.runs_dir).glob("*/best.pth"))]
+    assert [content["config"]["seed"] for content in contents] == [5, 6]
+    best = [content["metrics"]["validation_accuracy"] for content in contents]
+    mean, std = sum(best) / 2, abs(best[0] - best[1]) / 2**0.5
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"Best validation accuracy of 2 seeds: {mean:.2f} % ± {std:.2f} (standard deviation)"
+    )
+
+
+def test_each_run_has_a_seed_of_its_own() -> None:
+    runs = seeds.configs(["3", *FLAGS, "--seed", "5"])
+    assert [run.seed for run in runs] == [5, 6, 7]
+    assert {replace(run, seed=0) for run in runs} == {replace(runs[0], seed=0)}
+    assert runs[0].epochs == 1
+
+
+def test_one_seed_has_no_standard_deviation() -> None:
+    assert seeds.spread([50.0]) == "Best validation accuracy of 1 seed: 50.00 %"
+    assert seeds.spread([50.0, 52.0]).endswith("2 seeds: 51.00 % ± 1.41 (standard deviation)")
+
+
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        ("0", "between 1 and 100, not 0"),
+        ("101", "between 1 and 100, not 101"),
+        ("many", "invalid int"),
+        ("", "N"),
+        ("2 --validation_per_class 0", "validation_per_class must be above 0"),
+        ("2 --seed 1000000", "seed must be between"),
+        ("2 --resume runs/any", "train.py --resume RUN"),
+        ("2 --epoch 3", "--epoch"),
+    ],
+)
+def test_wrong_command_lines_are_one_line(argv: str, text: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        seeds.main(argv.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and text in line
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def stop(config: Config) -> None:
+        raise train.Stopped(signal.SIGTERM, f"runs/seed {config.seed}")
+
+    monkeypatch.setattr(train, "train", stop)
+    assert seeds.main(["3"]) == 128 + signal.SIGTERM
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "Seeds 0 to 2 are not finished: no mean and no standard deviation"
+    assert lines[-1].endswith("python train.py --resume 'runs/seed 0'")

@@ -1,0 +1,198 @@
+"""Grade a finished run once on the official test set and record it: python -m tools.publish RUN.
+
+Writes docs/results/NAME.json, docs/logs/NAME.csv and docs/curves/NAME.png; with --ship checkpoints/published.pth too.
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or OpenMP's idle threads take the cores from other processes
+
+import torch
+
+import data
+import evaluate
+from checkpoint import PUBLISHED, CheckpointError, load, save, write_log
+from config import Config, OneLineParser, changes, restore
+from utils import UserError, atomic_write, choose_device, draw_curves, keep_freed_memory, one_line, program
+
+DOCS = Path("docs")
+NOTES = {
+    True: "The epoch that was best on the validation images, graded once.",
+    False: "Trained without validation images: the weights after the last epoch, graded once.",
+}
+
+Content = dict[str, Any]  # of a checkpoint
+Record = dict[str, Any]  # of docs/results/NAME.json: accuracies in percent, losses as mean cross-entropy
+
+
+def open_run(run: Path) -> tuple[Content, Content, Config]:
+    """The contents of a finished run's last.pth and best.pth, and its settings. Raises CheckpointError."""
+    last, best = load(run / "last.pth"), load(run / "best.pth")
+    if best["config"]["dataset"] != "cifar100":
+        raise CheckpointError(f"{run} was trained on {best['config']['dataset']} data: not published")
+    if last["epoch"] < last["config"]["epochs"]:
+        raise CheckpointError(
+            f"{run} has finished {last['epoch']} of {last['config']['epochs']} epochs. "
+            f"First finish it: python train.py --resume {shlex.quote(str(run))}"
+        )
+    try:
+        return last, best, restore(best["config"])
+    except ValueError as error:
+        raise CheckpointError(f"{run} cannot be published: {error}") from error
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """The settings that say what is trained, without those that say where."""
+    return {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["recipe"]}
+
+
+def title(config: Config) -> str:
+    """The experiment, and the settings of its recipe that were changed."""
+    changed = {name: value for name, value in changes(config).items() if name in {*recipe(config), "seed"}}
+    return ", ".join([config.experiment, *(f"{name}={value}" for name, value in changed.items())])
+
+
+def read_record(path: Path, config: Config, again: bool) -> Record:
+    """The record that is there already, of the same settings and not yet measured, or nothing. Raises UserError."""
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {one_line(error)}. Mend it by hand") from error
+    if not isinstance(record, dict) or "config" not in record:
+        raise UserError(f"{path} is not the record of a run. Give another --name")
+    now = recipe(config) | {"seed": config.seed}
+    then = record["config"] | {"seed": record.get("seed")}
+    if differing := [
+        f"{name} {then.get(name)} (now {value})" for name, value in now.items() if then.get(name) != value
+    ]:
+        raise UserError(f"{path} is of a run with other settings: {', '.join(differing)}. Give another --name")
+    if record.get("test") and not again:
+        raise UserError(
+            f"{path} is measured: its run was graded on {record['test']['images']} test images. A run is graded once; "
+            "give another --name, or --again to replace the record"
+        )
+    return record
+
+
+def head_commit() -> str | None:
+    """The commit of this code, or None where git knows none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def this_machine(threads: int) -> str:
+    """The GPU's name, or the CPU's with the number of its threads that are used (0: torch's choice)."""
+    device = choose_device("auto")
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    linux = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", linux.read_text(), re.MULTILINE) if linux.exists() else []
+    threads = threads or torch.get_num_threads()
+    return f"{[*names, platform.machine()][0]}, {threads} thread{'s' * (threads > 1)}"
+
+
+def score_training_images(path: Path, best: Content, config: Config, data_dir: str) -> dict[str, Any]:
+    """The best weights' scores, in eval mode and without augmentation, on the images that they were trained on."""
+    device = choose_device("auto")
+    images, _ = data.load_training("cifar100", data_dir, config.validation_per_class, config.images_per_class)
+    model = evaluate.load_model(best, path).to(device, memory_format=torch.channels_last)
+    scores = evaluate.evaluate(model, images.to(device))
+    return {"accuracy": round(scores.top1, 6), "loss": round(scores.loss, 6), "images": len(images.labels)}
+
+
+def part(row: dict[str, Any], name: str) -> dict[str, float] | None:
+    """Accuracy and loss on "train" or "validation" images in a row of the log; None where not measured."""
+    accuracy, loss = row[f"{name}_accuracy"], row[f"{name}_loss"]
+    return None if accuracy is None else {"accuracy": round(accuracy, 6), "loss": round(loss, 6)}
+
+
+def publish(
+    run: Path,
+    name: str | None = None,
+    ship: bool = False,
+    again: bool = False,
+    commit: str | None = None,
+    machine: str | None = None,
+    data_dir: str = Config.data_dir,
+) -> tuple[Path, dict[str, Any]]:
+    """Grade a run and write its files; the record's path and the grade. Raises UserError.
+
+    A record without test figures, which holds what is claimed of a run, keeps its name, title and claim.
+    """
+    last, best, config = open_run(run)
+    name = name or config.experiment
+    path, log, curves = (DOCS / file for file in (f"results/{name}.json", f"logs/{name}.csv", f"curves/{name}.png"))
+    before = read_record(path, config, again)
+    row = last["history"][best["epoch"] - 1]
+    grade = evaluate.grade(run / "best.pth", data_dir=data_dir)
+    test = {key: grade[key] for key in ("accuracy", "top5", "loss", "images")}
+    record = {
+        "name": name,
+        "title": before.get("title") or title(config),
+        "config": recipe(config),
+        "seed": config.seed,
+        "commit": commit or head_commit(),
+        "torch": best["torch"],
+        "machine": machine or this_machine(config.threads),
+        "date": best["date"],
+        "run": run.resolve().name,
+        "epochs": last["epoch"],
+        "best_epoch": best["epoch"],
+        "train": part(row, "train"),
+        "train_mode": "running",  # averaged over the epoch, on augmented images, while the weights change
+        "train_eval": score_training_images(run / "best.pth", best, config, data_dir),
+        "validation": part(row, "validation"),
+        "test": {key: round(value, 6) for key, value in test.items()},
+        "cost": {"operations": grade["flops"], "size_kb": round(grade["size_kb"], 3)},
+        "claimed": before.get("claimed"),
+        "log": str(log),
+        "curves": str(curves),
+        "note": NOTES[bool(config.validation_per_class)],
+    }
+    for file in (path, log, curves):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    write_log(log, last["history"])
+    draw_curves({name: last["history"]}, curves)
+    if ship:
+        PUBLISHED.parent.mkdir(exist_ok=True)
+        provenance = {"run": record["run"], "test": test, "history": last["history"], "digests": data.SHA256}
+        save(PUBLISHED, best | provenance)
+    atomic_write(path, lambda file: file.write(f"{json.dumps(record, indent=1, ensure_ascii=False)}\n".encode()))
+    return path, grade
+
+
+@program("tools.publish")
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineParser(prog="python -m tools.publish", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--name", help="letters, digits, _ and - [the run's experiment]")
+    parser.add_argument("--ship", action="store_true", help=f"write {PUBLISHED} too")
+    parser.add_argument("--again", action="store_true", help="replace a record that is measured")
+    parser.add_argument("--commit", help="that the run was made at [this code's]")
+    parser.add_argument("--machine", help="that the run was made on [this one]")
+    parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
+    arguments = parser.parse_args(argv)
+    if arguments.name is not None and not re.fullmatch(r"[\w-]{1,60}", arguments.name):
+        parser.error(f"--name {arguments.name!r} must have 1 to 60 letters, digits, _ and -")
+    keep_freed_memory()
+    path, grade = publish(**vars(arguments))
+    print(f"{evaluate.format_grade(grade)}\nRecord: {path}. Bring the pages up to date: python -m tools.results")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Write docs/results.md and the figures of README.md and docs/performance.md: python -m tools.results.
+
+Every figure comes from docs/results/*.json and docs/logs/*.csv, the prose from docs/results.template.md.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from config import OneLineParser
+from tools import tables
+from tools.curves import read_log
+from tools.tables import EXPERIMENTS, Logs, Records, accuracy, percent, points
+from utils import History, UserError, atomic_write, draw_curves, one_line, program
+
+RESULTS, LOGS = Path("docs/results"), Path("docs/logs")
+README, PERFORMANCE, PAGE = Path("README.md"), Path("docs/performance.md"), Path("docs/results.md")
+TEMPLATE = Path("docs/results.template.md")
+EXPERIMENTS_FIGURE = Path("docs/curves/experiments.png")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {one_line(error)}. Mend it by hand") from error
+
+
+def load_records(logs: Logs) -> Records:
+    """The record of each run by its name, with its log as `history`. Raises UserError where they disagree."""
+    contents = {path: read_json(path) for path in sorted(RESULTS.glob("*.json"))}
+    records = {path: content for path, content in contents.items() if "config" in content}
+    for path, record in records.items():
+        record["history"] = logs[Path(record["log"]).stem] if record["log"] else []
+        for part in ("train", "validation") if record["log"] else ():
+            for figure in ("accuracy", "loss"):
+                logged = record["history"][record["best_epoch"] - 1][f"{part}_{figure}"]
+                stored = record[part] and record[part][figure]
+                if (logged is None) != (stored is None) or abs((logged or 0) - (stored or 0)) > 1e-5:
+                    raise UserError(f"{path} has {part} {figure} {stored}, {record['log']} has {logged}. Mend one")
+    return {record["name"]: record for record in records.values()}
+
+
+def small_epoch(history: History, fraction: float) -> float:
+    """Time of an epoch of small images over that of one of whole images, medians."""
+    small = int(fraction * len(history))
+    seconds = [row["seconds"] for row in history]
+    return statistics.median(seconds[:small]) / statistics.median(seconds[small:])
+
+
+def results_page(records: Records, logs: Logs) -> str:
+    """docs/results.md: the template with its {fields} filled."""
+    ablations = read_json(RESULTS / "ablations.json")
+    runs = {name: records[name] for name in EXPERIMENTS}
+    shipped = records["scratch"]
+    fields = {
+        "run": records,
+        "log": logs,
+        "last": {name: rows[-1] for name, rows in logs.items()},
+        "report": read_json(RESULTS / "report.json"),
+        "below": {n: accuracy(shipped, "test") - accuracy(r, "test") for n, r in records.items() if r["test"]},
+        "gain": {Path(row["logs"][0]).stem: points(tables.gains(row, logs)) for row in ablations if "base" in row},
+        "memorises": {name: tables.memorises(run) for name, run in runs.items()},
+        "compare": {n: {base: tables.compare(run, runs[base]) for base in runs} for n, run in runs.items()},
+        "seen": {name: percent(accuracy(run, "train_eval")) for name, run in runs.items()},
+        "small_epoch": small_epoch(shipped["history"], shipped["config"]["small_fraction"]),
+        "spread": tables.spread(records),
+        "scratch_table": tables.scratch_table(records),
+        "experiments_table": tables.experiments_table(records),
+        "curves": tables.curves(records),
+        "fractions": tables.fractions(records),
+        "ablation_table": tables.ablation_table(ablations, logs),
+        "others_table": tables.others_table(read_json(RESULTS / "others.json"), records),
+    }
+    return TEMPLATE.read_text().format_map(fields)
+
+
+def fill(path: Path, blocks: dict[str, str]) -> str:
+    """The file's text with new lines between each pair of markers <!-- NAME --> and <!-- /NAME -->."""
+    text = path.read_text()
+    for name, lines in blocks.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, found, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise UserError(f"{path} lacks the markers {start.strip()} and {end}. Put them back")
+        text = f"{before}{start}{lines}\n{end}{after}"
+    return text
+
+
+def pages() -> tuple[dict[Path, str], Records]:
+    """The text of each file that this program writes, and the records that it was made from. Raises UserError."""
+    logs = {path.stem: read_log(path) for path in sorted(LOGS.glob("*.csv"))}
+    records = load_records(logs)
+    readme = {
+        "results": tables.claim_table(records),
+        "times": tables.times_table(read_json(RESULTS / "times.json"), logs),
+        "grade": tables.grade_lines(records),
+        "sample": tables.sample_lines(logs["synthetic"]),
+    }
+    benchmark = {"benchmark": tables.benchmark_table(read_json(RESULTS / "benchmark.json"))}
+    texts = {PAGE: results_page(records, logs), README: fill(README, readme), PERFORMANCE: fill(PERFORMANCE, benchmark)}
+    return texts, records
+
+
+def draw(records: Records) -> list[Path]:
+    """Draw all experiments in one figure, and each run whose record names a file for it; all files."""
+    figures = {EXPERIMENTS_FIGURE: {name: records[name]["history"] for name in EXPERIMENTS if records[name]["log"]}}
+    figures |= {Path(run["curves"]): {run["name"]: run["history"]} for run in records.values() if run["curves"]}
+    for path, runs in figures.items():
+        draw_curves(runs, path)
+    return list(figures)
+
+
+@program("tools.results")
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineParser(prog="python -m tools.results", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file would change")
+    arguments = parser.parse_args(argv)
+    texts, records = pages()
+    differing = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    if arguments.check and differing:
+        names = ", ".join(map(str, differing))
+        raise UserError(f"{names}: not what docs/results and docs/logs say. Run: python -m tools.results")
+    if not arguments.check:
+        for path in differing:
+            atomic_write(path, lambda file, path=path: file.write(texts[path].encode()))
+    written = [] if arguments.check else [*differing, *draw(records)]
+    print(f"Up to date: {', '.join(map(str, texts))}", *(f"Written: {path}" for path in written), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

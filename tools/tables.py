@@ -1,0 +1,248 @@
+"""Markdown tables and sentences from the records of docs/results and the logs of docs/logs, for tools/results.py."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from config import restore
+from utils import History
+
+EXPERIMENTS = tuple(f"result{number}" for number in range(1, 7))
+NOT_MEASURED = "not measured"
+MEMORISED = 95  # % of its own training images that a run gets right in an epoch
+FEW_POINTS = 5  # in which the fractions agree
+
+Record = dict[str, Any]  # a run's record, and the rows of its log under "history"
+Records = dict[str, Record]
+Logs = dict[str, History]  # by the file's name without .csv
+
+
+def percent(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.2f} %"
+
+
+def points(values: list[float]) -> str:
+    return " and ".join(f"{value:+.2f}" for value in values)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that reads best."""
+    if seconds is None:
+        return NOT_MEASURED
+    for unit, length in (("hours", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}".replace(".0 ", " ")
+    return f"{seconds:.0f} s"
+
+
+def table(header: str, rows: list[list[Any]]) -> str:
+    """A Markdown table; " | " separates the header's cells, and None is an empty cell."""
+    names = header.split(" | ")
+    lines = [names, ["-"] * len(names), *rows]
+    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def link(path: str | None, text: str) -> str:
+    """A link from a page in docs/ to a file under docs/."""
+    return f"[{text}]({path.removeprefix('docs/')})" if path else "none"
+
+
+def accuracy(run: Record, part: str) -> float | None:
+    """Accuracy in % on "train", "train_eval", "validation" or "test" images, or as "claimed"."""
+    return run[part] and run[part]["accuracy"]
+
+
+def spread(records: Records) -> str:
+    """The test accuracies of all runs with the shipped run's recipe."""
+    recipe = restore(records["scratch"]["config"])  # a setting that an older record lacks is off
+    runs = [run for run in records.values() if run["test"] and restore(run["config"]) == recipe]
+    figures = [accuracy(run, "test") for run in runs]
+    if len(runs) == 1:
+        return f"one seed, {runs[0]['seed']}"
+    each = ", ".join(f"{figure:.2f}" for figure in figures)
+    mean, std = statistics.mean(figures), statistics.stdev(figures)
+    return f"{len(runs)} seeds: {each}; mean {mean:.2f}, standard deviation {std:.2f}"
+
+
+def claim_table(records: Records) -> str:
+    """The shipped checkpoint beside the best of the report's claims."""
+    shipped, claim = records["scratch"], records["result6"]["claimed"]
+    cost = shipped["cost"]
+    rows = [
+        ["operations", cost["operations"], claim["operations"]],
+        ["parameter size", f"{cost['size_kb']:.3f} kB", f"{claim['size_kb']:.3f} kB"],
+        ["accuracy", f"**{percent(accuracy(shipped, 'test'))}** ({spread(records)})", percent(claim["accuracy"])],
+    ]
+    return table(" | measured, official test set | claimed by a report, unpublished validation file", rows)
+
+
+def grade_lines(records: Records) -> str:
+    """What grading prints of the shipped checkpoint."""
+    cost, measured = records["scratch"]["cost"], accuracy(records["scratch"], "test")
+    size = f"Model parameter size = {cost['size_kb']:.3f} kB"
+    return f"```\nflops = {cost['operations']}\n{size}\nAccuracy = {measured:.2f} %\n```"
+
+
+def sample_lines(history: History) -> str:
+    """What a run with cosine decay to 0 prints after its last epoch, where that is its best."""
+    row, lines = history[-1], [f"Epoch {len(history)}/{len(history)}"]
+    for part in ("train", "validation"):
+        name, loss, correct = part.capitalize(), row[f"{part}_loss"], row[f"{part}_accuracy"]
+        lines.append(f"{name} Loss: {loss:.4f}, {name} Accuracy: {correct:.2f}%")
+    return "\n".join(["```", *lines, "Saved Best Model", "Learning Rate: 0.000000", "```"])
+
+
+def times_table(times: list[dict[str, Any]], logs: Logs) -> str:
+    """How long each command takes; where it has a log, what the log's epochs took."""
+    rows = []
+    for row in times:
+        seconds = sum(epoch["seconds"] for epoch in logs[Path(row["log"]).stem]) if "log" in row else row["cpu_seconds"]
+        rows.append([row["what"], duration(seconds), duration(row["gpu_seconds"])])
+    return table(" | 2 CPU cores (AMD EPYC, Zen 4) | one CUDA GPU", rows)
+
+
+def scratch_table(records: Records) -> str:
+    """The shipped run and the others of its kind, in the order in which they ended."""
+    rows = []
+    runs = [run for name, run in records.items() if name.startswith("scratch")]
+    for run in sorted(runs, key=lambda run: run["date"]):
+        made = [run["seed"], run["commit"] or "not recorded", run["torch"] or "not recorded"]
+        scores = [percent(accuracy(run, "test")), percent(run["test"]["top5"]), f"{run['test']['loss']:.4f}"]
+        took = duration(sum(row["seconds"] for row in run["history"]))
+        train = percent(accuracy(run, "train"))
+        rows.append([f"`{run['name']}`", run["title"], *made, train, *scores, took, link(run["log"], "log")])
+    return table("run | what | seed | commit | torch | train | test top-1 | top-5 | loss | took | log", rows)
+
+
+def experiments_table(records: Records) -> str:
+    """The report's experiments side by side; what was claimed and what was measured in columns of their own."""
+    rows = []
+    for run in (records[name] for name in EXPERIMENTS):
+        config, claim = run["config"], run["claimed"]
+        recipe = [config["epochs"], f"{config['lr_step']}, {config['lr_gamma']:g}", f"{config['dropout']:g}"]
+        claimed = percent(claim["accuracy"]) + " (last epoch)" * (claim["epoch"] == "last")
+        figures = [percent(accuracy(run, part)) for part in ("train", "validation", "test")]
+        measured = [run["best_epoch"] or NOT_MEASURED, *figures, link(run["log"], "log")]
+        rows.append([f"`{run['name']}`", *recipe, claimed, *measured])
+    head = "name | epochs | StepLR step, gamma | dropout | claimed, unpublished file | measured: best epoch"
+    return table(f"{head} | train | validation | official test set | log", rows)
+
+
+def curves(records: Records) -> str:
+    """The curves of each experiment, or that there are none."""
+    lines = []
+    for run in (records[name] for name in EXPERIMENTS):
+        shown = f"!{link(run['curves'], run['name'] + ': loss and accuracy over epochs')}"
+        lines.append(shown if run["curves"] else f"`{run['name']}`: {NOT_MEASURED}.")
+    return "\n\n".join(lines)
+
+
+def memorises(run: Record) -> str:
+    """Whether a run ends with its training images memorised and its validation loss above its lowest."""
+    if not run["history"]:
+        return f"- `{run['name']}`: {NOT_MEASURED}."
+    last, lowest = run["history"][-1], min(run["history"], key=lambda row: row["validation_loss"])
+    holds = last["train_accuracy"] > MEMORISED and last["validation_loss"] > lowest["validation_loss"]
+    return (
+        f"- `{run['name']}`: train {percent(last['train_accuracy'])}, loss {last['train_loss']:.4f};\n"
+        f"  validation {percent(last['validation_accuracy'])}, loss {last['validation_loss']:.4f} "
+        f"(lowest {lowest['validation_loss']:.4f}, epoch {lowest['epoch']}).\n"
+        f"  {'It holds' if holds else 'It does not hold'}."
+    )
+
+
+def compare(run: Record, base: Record) -> str:
+    """What a run gains over another: in the report's claims, and in test accuracy."""
+    claimed = run["claimed"]["accuracy"] - base["claimed"]["accuracy"]
+    text = f"- `{run['name']}` against `{base['name']}`: claimed {claimed:+.2f} points;"
+    if missing := [f"`{other['name']}`" for other in (run, base) if not other["test"]]:
+        return f"{text} {NOT_MEASURED} ({' and '.join(missing)})."
+    ours, theirs = accuracy(run, "test"), accuracy(base, "test")
+    gain = ours - theirs
+    noise = 2 * math.sqrt(sum(value * (100 - value) / run["test"]["images"] for value in (ours, theirs)))
+    verdict = "The direction holds" if gain * claimed > 0 else "The opposite holds"
+    if abs(gain) < noise:
+        verdict = f"Too small to tell: two standard errors are {noise:.2f} points"
+    return f"{text}\n  measured {gain:+.2f} points, {percent(ours)} against {percent(theirs)}. {verdict}."
+
+
+def fraction(claimed: float, seen: float, held_out: float) -> float:
+    """f in claimed = f * seen + (1 - f) * held_out."""
+    return (claimed - held_out) / (seen - held_out)
+
+
+def fractions(records: Records) -> str:
+    """The fraction f of each experiment, and whether those that are known agree."""
+    rows, known = [], []
+    for run in (records[name] for name in EXPERIMENTS):
+        figures = [accuracy(run, part) for part in ("claimed", "train_eval", "test")]
+        value = None if None in figures else 100 * fraction(*figures)
+        known += [] if value is None else [value]
+        rows.append([f"`{run['name']}`", *map(percent, figures), percent(value)])
+    text = f"{len(known)} of {len(EXPERIMENTS)} fractions can be computed"
+    if len(known) > 1:
+        apart = max(known) - min(known)
+        text += f". They lie between {min(known):.1f} and {max(known):.1f} %, {apart:.1f} points apart: they "
+        text += f"{'agree' if apart <= FEW_POINTS else 'do not agree'} within {FEW_POINTS} points"
+    head = "name | claimed, unpublished file | measured: own training images | official test set | f"
+    return f"{table(head, rows)}\n\n{text}."
+
+
+def gains(row: dict[str, Any], logs: Logs) -> list[float]:
+    """Validation accuracy after the last epoch minus that of the row's base, for each seed that was run."""
+    names = [Path(path).stem for path in row["logs"]]
+    bases = [name.replace(names[0], f"ablation-{row['base']}") for name in names]
+    ends = [[logs[name][-1]["validation_accuracy"] for name in pair] for pair in zip(names, bases, strict=True)]
+    return [run - base for run, base in ends]
+
+
+def ablation_table(rows: list[dict[str, Any]], logs: Logs) -> str:
+    """One change a row: validation accuracy after the last epoch, and what it gained over its base, by seed."""
+    lines = []
+    for row in rows:
+        ends = [percent(logs[Path(path).stem][-1]["validation_accuracy"]) for path in row["logs"]]
+        gained = f"{points(gains(row, logs))} over {row['base']}" if "base" in row else None
+        links = ", ".join(link(path, Path(path).stem.removeprefix("ablation-")) for path in row["logs"])
+        flags = f"`{row['flags']}`" if row["flags"] else None
+        lines.append([row["changed"], *[*ends, None][:2], gained, flags, links])
+    return table("changed | seed 0 | seed 1 | points | flags after the base's | logs", lines)
+
+
+def others_table(others: list[dict[str, Any]], records: Records) -> str:
+    """Published networks, and ours with the figure of its record."""
+    rows = []
+    for other in others:
+        figure = accuracy(records[other["record"]], "test") if "record" in other else other["accuracy"]
+        cells = [other["network"], other["parameters"], other["multiply_adds"], percent(figure)]
+        rows.append([*cells, other["teacher"] or "no", other["source"]])
+    return table("network | parameters | multiply-adds | top-1 | teacher | source", rows)
+
+
+def benchmark_table(result: dict[str, Any]) -> str:
+    """What tools/benchmark.py measured."""
+    step, pipeline = result["train_images_per_second"], result["pipeline_images_per_second"]
+
+    def versus(speed: float, ratio: float) -> list[str]:
+        return [f"{speed:,.0f} images/s", f"{speed / ratio:,.0f} images/s", f"{ratio:.2f}"]
+
+    rows = [
+        ["training step, against the plain loop", *versus(step, result["train_cpu_ratio"])],
+        ["training step, against the tuned loader", *versus(step, result["train_cpu_tuned_ratio"])],
+        ["input alone, against the tuned loader", *versus(pipeline, result["pipeline_ratio"])],
+        ["grading 10,000 images, against one at a time", f"{result['grade_seconds']:.1f} s",
+         f"{result['grade_seconds'] * result['grade_ratio']:.1f} s", f"{result['grade_ratio']:.2f}"],
+        ["from `python train.py` to the first step", f"{result['start_seconds']:.1f} s", None, None],
+        ["`python train.py -h`", f"{result['help_seconds']:.2f} s", None, None],
+        ["peak memory of training with the defaults", f"{result['peak_rss_mb']:,.0f} MiB", None, None],
+    ]  # fmt: skip
+    rows.append(["training on a GPU", NOT_MEASURED, None, None])
+    where = f"{result['machine']}, torch {result['torch']}"
+    first = result["growth"][0]
+    growth = [
+        [f"{row['images'] // row['epochs']:,}", row["epochs"], f"{row['seconds']:.1f} s",
+         f"{row['seconds'] / first['seconds']:.1f}", f"{row['rss_mb']:,.0f} MiB"]
+        for row in result["growth"]
+    ]  # fmt: skip
+    speed = table(" | ours | what a user would otherwise run | ratio", rows)
+    return f"On {where}:\n\n{speed}\n\n" + table("images an epoch | epochs | time | ratio | peak memory", growth)
