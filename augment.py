@@ -183,13 +183,28 @@ class Loader:
         """Choose the epoch, from 0, that the next iteration gives."""
         self.epoch = epoch
 
+    @property
+    def small(self) -> bool:
+        """Whether the epoch has images of 24x24 (progressive learning: Tan, Le, EfficientNetV2, 2021)."""
+        return self.epoch < int(self.config.small_fraction * self.config.epochs + 1e-9)  # 0.29 * 100 is below 29
+
+    @property
+    def repeated_epoch(self) -> int:
+        """The epoch whose order and augmentation this one has: views are repeated every `teacher_views` epochs."""
+        return self.epoch % self.config.teacher_views if self.config.teacher_views else self.epoch
+
+    @property
+    def view(self) -> str:
+        """A name for the epoch's images: epochs of the same name have the same ones."""
+        return f"{self.repeated_epoch}-small" if self.small else f"{self.repeated_epoch}"
+
     def __len__(self) -> int:
         """Batches an epoch."""
         return len(self.labels) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `augment`; dropout and mixing draw from torch's global generator, which is seeded here."""
-        seed = self.config.seed * SEED_STRIDE + self.epoch
+        seed = self.config.seed * SEED_STRIDE + self.repeated_epoch
         torch.manual_seed(seed)
         generator = Generator(self.labels.device).manual_seed(seed)
         order = torch.randperm(len(self.labels), device=self.labels.device, generator=generator)
@@ -197,11 +212,7 @@ class Loader:
             yield self.augment(index, generator)
 
     def augment(self, index: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """The images at `index` (N,): normalised floats (N, 3, 32, 32), and labels (N,) or, mixed, targets (N, 100).
-
-        In the first `small_fraction` of the epochs images are 24x24 (progressive learning: Tan, Le, EfficientNetV2,
-        2021).
-        """
+        """The images at `index` (N,): normalised floats (N, 3, 32, 32), and labels (N,) or, mixed, targets (N, 100)."""
         config = self.config
         images = crop_and_flip(self.pixels, index, config.crop_padding, config.crop_reflect, config.flip, generator)
         if config.trivial_augment:
@@ -211,7 +222,7 @@ class Loader:
             images = cutout(images, config.cutout, generator)
         if self.mixers and torch.rand(()).item() < config.mix_prob:
             images, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](images, labels)
-        if self.epoch < int(config.small_fraction * config.epochs + 1e-9):  # 0.29 * 100 is a little below 29
+        if self.small:
             images = F.interpolate(images, SMALL_SIDE, mode="bilinear", antialias=True)
         return images, labels
 

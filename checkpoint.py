@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import History, UserError, atomic_write
+from utils import History, UserError, atomic_write, one_line, provenance
 
 FORMAT = 1
 BEST = Path("checkpoints/best.pth")  # the best of the latest training on this machine
 PUBLISHED = Path("checkpoints/published.pth")
-LARGEST = 256 * 2**20  # bytes unpacked; ours have 4 to 16 MB
+MAX_BYTES = 2 * 2**30  # bytes unpacked; ours have 4 to 16 MB, a teacher of 100 M parameters 1.6 GB
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
            "images_per_second", "seconds")  # fmt: skip
 
@@ -42,9 +42,7 @@ def load(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path} is not there. Give the path of one that is, or train one: python train.py")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > LARGEST:
-                raise ValueError(f"it unpacks to more than {LARGEST // 2**20} MiB")
+        check_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or "digest" not in content:
             raise ValueError("it was not written by this program")
@@ -52,13 +50,39 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError(f"its format is {content.get('format')!r}, this program reads {FORMAT}")
         if content.pop("digest") != digest(content):
             raise ValueError("its digest does not match its content")
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError, MemoryError,
-            NotImplementedError, OverflowError, pickle.UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
+    except Exception as error:  # a damaged file raises nearly anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to open it all the same
             reason = "it is damaged, or holds more than plain data"
         raise CheckpointError(f"{path} cannot be used: {reason}. Give another one, or an undamaged copy") from error
     return content
+
+
+def check_size(path: Path) -> None:
+    """Raise ValueError where a file would unpack to more than MAX_BYTES, and BadZipFile where it is none of torch's."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_BYTES // 2**20} MiB")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of any plain state dict, by name, on the CPU. Raises CheckpointError."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # optional
+
+            weights = load_file(path)
+        else:
+            if zipfile.is_zipfile(path):  # older files of torch are not, and cannot be compressed
+                check_size(path)
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise ValueError("it holds no plain state dict")
+    except ImportError as error:
+        raise CheckpointError("safetensors is not installed. Run: pip install -r requirements-tools.txt") from error
+    except Exception as error:  # a damaged file raises nearly anything
+        raise CheckpointError(f"{path} cannot be used: {one_line(error).split('. ')[0]}. Give another file") from error
+    return weights
 
 
 def digest(content: dict[str, Any]) -> str:
@@ -74,7 +98,7 @@ def digest(content: dict[str, Any]) -> str:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The (path, value) of everything in nested dicts and lists that is neither."""
+    """The (path, value) of each value in nested dicts and lists; an empty dict or list is a value too."""
     if isinstance(value, dict | list | tuple) and value:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(inner, f"{name}/{key!r}")
@@ -85,9 +109,13 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def new_run(runs_dir: str, name: str, settings: dict[str, Any]) -> Path:
     """Make the folder runs_dir/<time>-<name>, with the settings in config.json."""
     folder = Path(runs_dir, f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
-    while folder.exists():  # another run of the same second
-        folder = folder.with_name(folder.name + "+")
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:  # another run of the same second
+            folder = folder.with_name(folder.name + "+")
     text = json.dumps(settings, indent=1)
     atomic_write(folder / "config.json", lambda file: file.write(text.encode()))
     return folder
@@ -122,8 +150,8 @@ def save_epoch(
         "config": settings,
         "epoch": len(history),
         "metrics": history[-1],
-        "torch": str(torch.__version__),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **provenance(settings["device"]),
     }
     if best is not None:
         save(folder / "best.pth", common | {"weights": best})
@@ -134,7 +162,8 @@ def save_epoch(
 def update_best(folder: Path) -> None:
     """Copy a run's best weights to checkpoints/best.pth, which is graded next."""
     BEST.parent.mkdir(exist_ok=True)
-    atomic_write(BEST, lambda file: file.write((folder / "best.pth").read_bytes()))
+    content = (folder / "best.pth").read_bytes()
+    atomic_write(BEST, lambda file: file.write(content))
 
 
 def write_log(path: Path, history: History) -> None:

@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 import textwrap
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,42 +29,55 @@ def setting(
     return field(default=default, metadata=metadata | {"base": default if base is MISSING else base})
 
 
+DISTILLATION = ("kl", "standardised", "mse", "decoupled")
+
+
 @dataclass(frozen=True)
 class Config:
-    """All settings. Raises ValueError with one line where a value has a wrong type, range or partner."""
+    """All settings. Raises ValueError with one line where a value is wrong or contradicts another."""
 
+    model: str = setting("mobilenetv3", "mobilenetv3, or any timm model by name", base="mobilenetv3", pattern=r"[\w.]+")
+    image_size: int = setting(32, "enlarge images to so many pixels a side; 32: off", base=32, min=32, max=1_024)
+    pretrained: bool = setting(False, "start from timm's ImageNet weights of the model", base=False)
+    weights: str = setting("none", "file of weights to start from: safetensors or a state dict", base="none")
     epochs: int = setting(140, "passes over the training images", base=100, min=1, max=100_000)
-    batch_size: int = setting(128, "images a step", base=128, min=2, max=65_536)
-    optimizer: str = setting("sgd", "sgd has Nesterov momentum 0.9", base="adamw", choices=("adamw", "sgd"))
-    lr: float = setting(0.2, "learning rate after warm-up, before decay", base=1e-2, min=1e-9, max=1e3)
-    weight_decay: float = setting(5e-4, "as torch's optimizer applies it", base=1e-4, min=0, max=10)
-    decay_norms: bool = setting(False, "weight decay on norms and biases too", base=True)
-    schedule: str = setting("cosine", "of the learning rate; cosine ends at 0", base="step", choices=("step", "cosine"))
+    batch_size: int = setting(128, "images in one training step", base=128, min=2, max=65_536)
+    optimizer: str = setting("sgd", "optimizer; sgd has Nesterov momentum 0.9", base="adamw", choices=("adamw", "sgd"))
+    lr: float = setting(0.2, "learning rate after warm-up and before decay", base=1e-2, min=1e-9, max=1e3)
+    weight_decay: float = setting(5e-4, "weight decay, as torch's optimizer applies it", base=1e-4, min=0, max=10)
+    decay_norms: bool = setting(False, "apply weight decay to norms and biases too", base=True)
+    schedule: str = setting("cosine", "how the learning rate decays", base="step", choices=("step", "cosine"))
     lr_step: int = setting(0, "StepLR: epochs between decays; 0: 38/130 of the run", base=35, min=0, max=100_000)
-    lr_gamma: float = setting(0.5, "StepLR: factor of each decay", base=0.1, min=1e-6, max=1)
-    warmup_epochs: int = setting(2, "of linear warm-up, at most a quarter of the run", base=0, min=0, max=1_000)
-    label_smoothing: float = setting(0.1, "part of the target spread over all classes", base=0.0, min=0, max=0.99)
-    dropout: float = setting(0.0, "after each projection and before the classifier", base=0.0, min=0, max=0.95)
-    ema: float = setting(0.999, "decay a step of the averaged weights; 0: off", base=0.0, min=0, max=0.999999)
+    lr_gamma: float = setting(0.5, "StepLR: factor of the learning rate in each decay", base=0.1, min=1e-6, max=1)
+    warmup_epochs: int = setting(2, "epochs of warm-up, at most a quarter of the run", base=0, min=0, max=1_000)
+    label_smoothing: float = setting(0.1, "part of a target spread over all classes", base=0.0, min=0, max=0.99)
+    teacher: str = setting("none", "checkpoint of the model to learn from; none: off", base="none")
+    distill_loss: str = setting("kl", "how the teacher's logits are compared", base="kl", choices=DISTILLATION)
+    distill_temperature: float = setting(2.0, "temperature that divides the logits of both", base=2.0, min=0.1, max=100)
+    label_weight: float = setting(0.0, "weight of the labels' loss beside the teacher's", base=0.0, min=0, max=100)
+    teacher_views: int = setting(0, "repeat the augmented views every N epochs; 0: never", base=0, min=0, max=1_000)
+    dropout: float = setting(0.0, "dropout after each projection and before the classifier", base=0.0, min=0, max=0.95)
+    ema: float = setting(0.999, "decay of the EMA weights in each step; 0: off", base=0.0, min=0, max=0.999999)
     flip: bool = setting(True, "mirror half of the images", base=False)
-    crop_padding: int = setting(4, "pixels a side before a random 32x32 crop; 0: off", base=0, min=0, max=16)
+    crop_padding: int = setting(4, "pixels of padding before a random 32x32 crop; 0: off", base=0, min=0, max=16)
     crop_reflect: bool = setting(True, "pad by reflection, not with black", base=False)
-    trivial_augment: float = setting(1.0, "fraction of the images that it changes", base=0.0, min=0, max=1)
+    trivial_augment: float = setting(1.0, "fraction of images that TrivialAugment changes", base=0.0, min=0, max=1)
     cutout: int = setting(0, "side in pixels of a square set to the mean colour; 0: off", base=0, min=0, max=32)
     mixup: float = setting(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", base=0.0, min=0, max=100)
     cutmix: float = setting(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: off", base=0.0, min=0, max=100)
     mix_prob: float = setting(1.0, "probability that mixup or CutMix changes a batch", base=1.0, min=0, max=1)
-    small_fraction: float = setting(0.5, "fraction of the epochs that use 24x24 pixels, first", base=0.0, min=0, max=1)
-    validation_per_class: int = setting(50, "training images kept for validation; 0: none", base=50, min=0, max=499)
+    small_fraction: float = setting(0.5, "first fraction of the epochs, with 24x24 pixels", base=0.0, min=0, max=1)
+    validation_per_class: int = setting(50, "images a class kept for validation; 0: none", base=50, min=0, max=499)
 
     experiment: str = setting("default", "preset that the run started from", pattern=r"[\w-]{1,40}", recipe=False)
-    dataset: str = setting("cifar100", "synthetic: no download", choices=("cifar100", "synthetic"), recipe=False)
-    images_per_class: int = setting(0, "use only so many training images; 0: all", min=0, max=500, recipe=False)
-    seed: int = setting(0, "of weights, order and augmentation", min=0, max=1_000_000, recipe=False)
+    dataset: str = setting("cifar100", "synthetic needs no download", choices=("cifar100", "synthetic"), recipe=False)
+    images_per_class: int = setting(0, "use so many training images a class; 0: all", min=0, max=500, recipe=False)
+    seed: int = setting(0, "seed of weights, order and augmentation", min=0, max=1_000_000, recipe=False)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda(:\d{1,2})?", recipe=False)
     threads: int = setting(0, "CPU threads; 0: torch's choice, one a core", min=0, max=1_024, recipe=False)
-    compile: bool = setting(False, "torch.compile; needs a C++ compiler, or Triton on a GPU", recipe=False)
+    compile: bool = setting(False, "use torch.compile (needs a C++ compiler, or Triton on a GPU)", recipe=False)
     deterministic: bool = setting(False, "ask torch for deterministic CUDA kernels (slower)", recipe=False)
+    tensorboard: bool = setting(False, "write the log to the run folder for TensorBoard too", recipe=False)
     data_dir: str = setting("data", "folder of the data set", recipe=False)
     runs_dir: str = setting("runs", "folder in which a run makes its own", recipe=False)
 
@@ -98,7 +111,7 @@ def check_value(f: Field, value: Any) -> None:
 
 # What each preset changes in the base recipe. Editing a default moves neither.
 # result1 to result6 are the experiments of the report: AdamW, learning rate 1e-2. Batch size, weight decay (given for
-# result5 only), no augmentation and the place of the dropout are assumed. scratch is the published checkpoint's.
+# result5 only), no augmentation and the position of the dropout are assumed. scratch is the published checkpoint's.
 PRESETS: dict[str, dict[str, Any]] = {
     "result1": {"lr_step": 40},
     "result2": {},
@@ -114,7 +127,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 OLD_NAMES = {"mix_share": "mix_prob", "small_share": "small_fraction"}  # still read from older runs and checkpoints
-MACHINE = {"device", "threads", "data_dir"}  # settings that a resumed run may change
+MACHINE = {"device", "threads", "data_dir", "compile", "tensorboard"}  # a resumed run may change these
 
 
 def base_recipe() -> dict[str, Any]:
@@ -136,20 +149,11 @@ def changes(config: Config) -> dict[str, Any]:
 
 
 def restore(stored: dict[str, Any]) -> Config:
-    """The settings that a run wrote. A setting that it does not know is off. Raises ValueError."""
+    """The settings that a run wrote. One that an older run lacks has its base value, "off". Raises ValueError."""
     stored = {OLD_NAMES.get(name, name): value for name, value in stored.items()}
     if unknown := sorted(stored.keys() - {f.name for f in fields(Config)}):
         raise ValueError(f"written by a newer version of this program, which has {', '.join(unknown)}")
     return Config(**{f.name: f.metadata["base"] for f in fields(Config)} | stored)
-
-
-def restore_for_resume(stored: dict[str, Any], given: dict[str, Any]) -> Config:
-    """A run's settings, on the given device, threads and data_dir. Raises ValueError where another one differs."""
-    config = replace(restore(stored), **{name: given[name] for name in MACHINE & given.keys()})
-    run = {name: getattr(config, name) for name in given}
-    if differing := [f"{name} {run[name]} (now {value})" for name, value in given.items() if run[name] != value]:
-        raise ValueError(f"it was started with other settings: {', '.join(differing)}")
-    return config
 
 
 def describe_presets() -> str:

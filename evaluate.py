@@ -1,5 +1,6 @@
 """Grade a checkpoint: operations, size, and accuracy on the official test set."""
 
+import contextlib
 import copy
 import json
 import os
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import checkpoint
-from config import Config, OneLineParser
+from config import Config, OneLineParser, restore
 from data import SIDE, load_test, normalise
-from model import MobileNetV3
+from model import build_model
 from utils import choose_device, keep_freed_memory, program
 
 Labelled = tuple[Tensor, Tensor]  # uint8 images (N, 3, 32, 32) and labels (N,), such as data.Images
@@ -56,7 +57,8 @@ def fuse_batchnorm(model: nn.Module) -> nn.Module:
     """A copy of a model in eval mode, each batch normalisation fused into the convolution before it."""
     model = copy.deepcopy(model)
     for layers in model.modules():
-        if isinstance(layers, nn.Sequential) and len(layers) > 1 and isinstance(layers[1], nn.BatchNorm2d):
+        types = [type(layer) for layer in layers][:2] if isinstance(layers, nn.Sequential) else []
+        if types == [nn.Conv2d, nn.BatchNorm2d]:  # no subclass: timm's hold an activation
             layers[0], layers[1] = fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
     return model
 
@@ -80,12 +82,64 @@ def model_bytes(model: nn.Module) -> int:
 
 def load_model(content: dict[str, Any], path: Path) -> nn.Module:
     """The model with the weights of a checkpoint's content, in eval mode. Raises CheckpointError."""
-    model = MobileNetV3()
+    try:
+        config = restore(content["config"])
+        model = build_model(config.model, image_size=config.image_size)
+    except (AttributeError, KeyError) as error:
+        raise checkpoint.CheckpointError(f"{path} holds no settings of a run. Give another checkpoint") from error
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{path} cannot be used: {error}. Give another checkpoint") from error
     try:
         model.load_state_dict(content["weights"])
     except (KeyError, RuntimeError) as error:
         raise checkpoint.CheckpointError(f"{path} holds no weights of this model. Give another checkpoint") from error
     return model.eval()
+
+
+class Teacher:
+    """A model in eval mode whose logits another one learns, in bfloat16 where the device is faster in it.
+
+    It sees the same view of each image as the student (consistent teaching: Beyer et al., 2022). A run keeps a copy of
+    it. A run may also keep its logits of each view as float16, 10 MB for 50,000 images, and read them when the view
+    comes again: such an epoch costs what it costs without a teacher.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.content, self.device = checkpoint.load(path), device
+        self.model = load_model(self.content, path).to(device, memory_format=torch.channels_last)
+        self.fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        self.folder, self.known, self.new = None, None, []
+
+    def keep(self, folder: Path, logits: bool) -> None:
+        """Copy the teacher into a run's folder as teacher.pth, and from now on keep its logits there, if asked to."""
+        if not (folder / "teacher.pth").exists():
+            checkpoint.save(folder / "teacher.pth", self.content)
+        self.folder = folder if logits else None
+
+    def start_view(self, name: str) -> None:
+        """Begin an epoch with the view of that name."""
+        self.known, self.new = None, []
+        if self.folder is not None:
+            self.path = self.folder / f"logits-{name}.pth"
+            if self.path.exists():
+                with contextlib.suppress(checkpoint.CheckpointError):  # a damaged file is made again
+                    self.known = iter(checkpoint.load(self.path)["logits"].to(self.device))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (N, 100), float32, for the normalised images (N, 3, H, W) of the view's next batch."""
+        if self.known is not None:
+            return next(self.known).float()
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.fast):
+            outputs = self.model(images).half()
+        outputs = outputs.clone()  # outside of inference mode, so that a loss can save it for its gradient
+        if self.folder is not None:
+            self.new.append(outputs)
+        return outputs.float()
+
+    def end_view(self) -> None:
+        """Keep the logits of the epoch that has ended."""
+        if self.new:
+            checkpoint.save(self.path, {"logits": torch.stack(self.new)})
 
 
 def default_checkpoint() -> Path:
@@ -122,7 +176,7 @@ def grade(
 
 
 def format_grade(result: dict[str, Any]) -> str:
-    """What was graded, and the grade: its last three lines are those of the claim."""
+    """What was graded, and its scores. The last three lines are the figures that the report claims too."""
     return (
         "Graded {checkpoint} (experiment {experiment}, epoch {epoch}, {date}) on {images} {dataset} test images\n"
         "Top-5 accuracy = {top5:.2f} %, loss = {loss:.4f}, {seconds:.1f} s\n"

@@ -1,7 +1,8 @@
-"""A cut MobileNetV3-Large (Howard et al., "Searching for MobileNetV3", 2019) for 32x32 images and 100 classes."""
+"""A shortened MobileNetV3-Large (Howard et al., "Searching for MobileNetV3", 2019) for 32x32 images and 100 classes."""
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -31,7 +32,7 @@ STEM, HEAD, CLASSES = 16, 960, 100
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """A convolution that keeps the plane's size (over the stride), without bias, and its batch normalisation."""
+    """A convolution that keeps the feature map's size (over the stride), without bias, and its batch normalisation."""
     return [
         nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(outputs),
@@ -74,7 +75,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV3(nn.Module):
-    """The graded network: normalised float (N, 3, 32, 32) in, logits (N, 100) out."""
+    """The network of the report: normalised float (N, 3, 32, 32) in, logits (N, 100) out."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -90,5 +91,59 @@ class MobileNetV3(nn.Module):
 
 
 def dropout_layers(probability: float) -> list[nn.Module]:
-    """No module at all at 0, so that the graded network does not depend on the setting."""
+    """No module at all at 0, so that our network does not depend on the setting."""
     return [nn.Dropout(probability)] if probability > 0 else []
+
+
+class Enlarge(nn.Module):
+    """Enlarge images to `size` pixels a side, bicubic: networks made for ImageNet expect more than 32."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 3, size, size)."""
+        return F.interpolate(images, self.size, mode="bicubic")
+
+
+def build_model(name: str, dropout: float = 0.0, image_size: int = 32, pretrained: bool = False) -> nn.Module:
+    """The network of the report ("mobilenetv3"), or timm's model of that name with its ImageNet weights or random ones.
+
+    It takes normalised float (N, 3, H, W), enlarges them to `image_size` and returns logits (N, 100). Raises
+    ValueError where timm is not installed, does not know the name, or cannot fetch the weights.
+    """
+    model: nn.Module
+    if name == "mobilenetv3":
+        model = MobileNetV3(dropout)
+    else:
+        try:
+            import timm  # optional
+
+            model = timm.create_model(name, pretrained=pretrained, num_classes=CLASSES, drop_rate=dropout)
+        except ImportError as error:
+            raise ValueError(f"model {name} needs timm. Run: pip install -r requirements-tools.txt") from error
+        except Exception as error:  # RuntimeError, or nearly anything while it fetches weights
+            reason = " ".join(str(error).split())
+            raise ValueError(f"timm cannot make model {name}: {reason}. Its names: timm.list_models()") from error
+    return model if image_size == 32 else nn.Sequential(Enlarge(image_size), model)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> tuple[int, int]:
+    """Start a model from a state dict; how many tensors were taken, of how many.
+
+    Tensors are matched by name, or, where no name fits, by their order; all shapes must be equal but for the
+    classifier's, which then keeps its random weights. Raises ValueError.
+    """
+    own = (model[1] if isinstance(model, nn.Sequential) else model).state_dict()
+    if not own.keys() & weights.keys():
+        if len(own) != len(weights):
+            raise ValueError(f"there are {len(weights)} tensors, and the model has {len(own)}")
+        weights = dict(zip(own, weights.values(), strict=True))
+    fits = {name: weights[name].shape == tensor.shape for name, tensor in own.items() if name in weights}
+    for name in (name for name, fit in fits.items() if not fit and own[name].shape[:1] != (CLASSES,)):
+        raise ValueError(f"{name} is {(*weights[name].shape,)}, and the model's {(*own[name].shape,)}")
+    taken = [name for name, fit in fits.items() if fit]
+    for name in taken:
+        own[name].copy_(weights[name])
+    return len(taken), len(own)

@@ -1,4 +1,4 @@
-"""What a step needs beside the model: optimizer, schedule, loss and averaged weights; `config` is a config.Config."""
+"""What a step needs beside the model: optimizer, schedule, loss and EMA weights; `config` is a config.Config."""
 
 import copy
 from collections.abc import Callable
@@ -43,13 +43,60 @@ def build_scheduler(config: Any, optimizer: torch.optim.Optimizer) -> lr_schedul
     return lr_scheduler.ChainedScheduler([warmup, decay])
 
 
-def build_criterion(config: Any) -> Criterion:
-    """Cross-entropy with label smoothing (Szegedy et al., 2016); a loss with a teacher would look at the images."""
+def build_criterion(config: Any, teacher: Callable[[Tensor], Tensor] | None = None) -> Criterion:
+    """Cross-entropy with label smoothing (Szegedy et al., 2016); with a teacher's logits: their loss instead, plus
+    `label_weight` times the cross-entropy."""
 
-    def criterion(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    def cross_entropy(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
 
+    if teacher is None:
+        return cross_entropy
+    distill = DISTILLATION[config.distill_loss]
+
+    def criterion(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = distill(logits.float(), teacher(images), labels, config.distill_temperature)
+        return loss + config.label_weight * cross_entropy(images, logits, labels) if config.label_weight else loss
+
     return criterion
+
+
+def kl_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """KL divergence of softened probabilities, times temperature^2 (Hinton et al., 2015)."""
+    student, teacher = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def standardised_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """KL divergence of logits with mean 0 and std 1 (logit standardisation: Sun et al., 2024)."""
+    student, teacher = (
+        (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True) for logits in (student, teacher)
+    )
+    return kl_loss(student, teacher, labels, temperature)
+
+
+def mse_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Mean squared difference of the logits, each less its mean (Kim et al., 2021); has no temperature."""
+    return F.mse_loss(student - student.mean(1, keepdim=True), teacher - teacher.mean(1, keepdim=True))
+
+
+def decoupled_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """DKD with alpha 1 and beta 8 (Zhao et al., 2022): the label against the rest, and the rest among themselves."""
+    label = (labels if labels.ndim == 1 else labels.argmax(1))[:, None]
+
+    def decouple(logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = (logits / temperature).log_softmax(1)
+        rest = log_p.scatter(1, label, -torch.inf)
+        log_rest = rest.logsumexp(1, keepdim=True)
+        return torch.cat([log_p.gather(1, label), log_rest], 1), (rest - log_rest).scatter(1, label, 0.0)
+
+    (student, student_rest), (teacher, teacher_rest) = decouple(student), decouple(teacher)
+    against = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    among = (teacher_rest.exp() * (teacher_rest - student_rest)).sum(1).mean()
+    return (against + 8 * among) * temperature**2
+
+
+DISTILLATION = {"kl": kl_loss, "standardised": standardised_loss, "mse": mse_loss, "decoupled": decoupled_loss}
 
 
 class EMA:

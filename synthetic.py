@@ -1,5 +1,6 @@
 """Generated images that stand in for CIFAR-100, so that the whole pipeline can be tried without a download."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def synthetic(per_class: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def inside_shape(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
-    """Where a shape of the unit square covers the plane, bool (N, H, W); kind (N, 1, 1) from 0 to 9."""
+    """The mask of a shape in the unit square, bool (N, H, W); kind (N, 1, 1) from 0 to 9."""
     radius, diamond, square = (x * x + y * y).sqrt(), x.abs() + y.abs(), torch.maximum(x.abs(), y.abs())
     near = torch.minimum(x.abs(), y.abs())
     shapes = (
@@ -48,7 +49,7 @@ def inside_shape(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
         (x.abs() < 1.1) & (y.abs() < 0.4),  # bar
         (radius < 1) & (y > 0) | (square < 0.35),  # bowl with a dot
     )
-    return choose(shapes, kind)
+    return choose(kind, shapes)
 
 
 def stripes(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
@@ -70,12 +71,9 @@ def stripes(x: Tensor, y: Tensor, kind: Tensor) -> Tensor:
         wave(x, fine) & wave(y, fine),
         wave(x, fine) ^ wave(y, fine),
     )
-    return choose(textures, kind)
+    return choose(kind, textures)
 
 
-def choose(planes: tuple[Tensor, ...], kind: Tensor) -> Tensor:
-    """Of several planes (N, H, W) the one of index `kind` (N, 1, 1), image by image."""
-    result = planes[0]
-    for index, plane in enumerate(planes[1:], start=1):
-        result = torch.where(kind == index, plane, result)
-    return result
+def choose(kind: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    """Of several bool (N, H, W) the one of index `kind` (N, 1, 1), image by image."""
+    return torch.from_numpy(np.choose(kind.numpy(), [mask.numpy() for mask in masks]))

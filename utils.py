@@ -1,17 +1,24 @@
 """Small helpers that every program needs: one-line errors, whole files, locks, the device, the loss curves."""
 
 import ctypes
+import errno
 import functools
 import os
+import platform
+import re
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import cycle
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 History = list[dict[str, Any]]  # a dict an epoch with the columns of log.csv; None where nothing was measured
 
@@ -21,32 +28,44 @@ MARKERS = "os^Dvp*"
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message is one line: what is wrong, and what to do."""
+    """Something that the user can fix. The message is one line: what is wrong, and what to do."""
 
 
 def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate a `main` that returns an exit code: an error of the user's is one line on stderr and code 1.
+    """Decorate a `main` that returns an exit code: UserError and OSError print one line on stderr and return 1.
 
-    Ctrl-C ends it with code 130 and without a traceback, as does a reader that has gone (`| head`) with code 0.
+    Without a traceback too: Ctrl-C (code 130), other signals (128 + number), a pipe whose reader has ended (141).
     """
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
             try:
-                return main(argv)
+                code = main(argv)
+                sys.stdout.flush()  # or a reader that has ended shows only after this
+                return code
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
-                return 0
+                return 141
             except (UserError, OSError) as error:
                 print(f"{name}: error: {error}", file=sys.stderr)
                 return 1
-            except KeyboardInterrupt:
-                return 130
+            except KeyboardInterrupt as interrupt:
+                return 128 + (interrupt.args or [signal.SIGINT])[0]
 
         return run
 
     return decorate
+
+
+def stop_on_signals() -> None:
+    """Let SIGTERM raise KeyboardInterrupt as Ctrl-C does, each with its number."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 def one_line(error: Exception) -> str:
@@ -73,9 +92,9 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             Path(temporary).unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        reason = error.strerror or str(error).split("\n")[0]
+        reason = error.strerror or one_line(error)
         raise UserError(
-            f"{path} cannot be written: {reason}. Stopped; the files before it are whole. Make room or mend the "
+            f"{path} cannot be written: {reason}. Stopped; the files before it are whole. Make room or repair the "
             "folder, then run again (a training run with --resume)"
         ) from error
 
@@ -84,21 +103,25 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder for this process alone. Where another process holds it, wait, or raise UserError.
 
-    The system frees the lock when the process ends, however it ends. Without flock (Windows) nothing is locked.
+    The system frees the lock when the process ends, however it ends. Without flock (Windows, some network
+    disks) nothing is locked.
     """
-    try:
+    handle = None
+    with suppress(ImportError):
         import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                os.close(handle)
+                raise UserError(f"{folder} is in use by another process: wait for it, or stop it first") from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
-    except BlockingIOError:
-        raise UserError(f"{folder} is in use by another process: wait for it, or stop it first") from None
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def remove_partial(folder: Path, name: str = "") -> None:
@@ -114,6 +137,27 @@ def choose_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
+@functools.cache
+def provenance(device: str) -> dict[str, str | None]:
+    """What a figure depends on beside its settings: torch's version, the code's commit, and the machine.
+
+    The commit is None outside of a git checkout, and ends in -dirty where files were changed. The machine is the GPU,
+    or the CPU with the number of its threads that torch uses.
+    """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = None
+    with suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if choose_device(device).type == "cuda":
+        machine = torch.cuda.get_device_name(choose_device(device))
+    else:
+        cpus = Path("/proc/cpuinfo")  # of Linux
+        names = re.findall(r"^model name\s*: (.+)$", cpus.read_text(), re.MULTILINE) if cpus.exists() else []
+        threads = torch.get_num_threads()
+        machine = f"{[*names, platform.machine()][0]}, {threads} thread{'s' * (threads > 1)}"
+    return {"torch": str(torch.__version__), "commit": commit, "machine": machine}
+
+
 def keep_freed_memory() -> None:
     """Stop glibc from returning freed memory to the system: on a CPU the page faults that follow cost a quarter of a
     training step, and most of the time of grading."""
@@ -126,6 +170,15 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)  # bytes
     mallopt(m_top_pad, 16 * 2**20)  # bytes
     mallopt(m_arena_max, 1)
+
+
+def open_tensorboard(folder: Path, epoch: int) -> Any:
+    """A torch.utils.tensorboard.SummaryWriter that goes on with `epoch`. Raises UserError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs tensorboard. Run: pip install -r requirements-tools.txt") from error
+    return SummaryWriter(str(folder), purge_step=epoch, flush_secs=10)
 
 
 def best_row(history: History) -> dict[str, Any]:
@@ -162,3 +215,32 @@ def draw_curves(runs: dict[str, History], path: Path) -> None:
                 axes.plot(best["epoch"], best[f"validation_{name}"], marker, color=colour)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+class Meter:
+    """Mean loss and accuracy of an epoch. The sums stay on the device until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums, self.count = torch.zeros(2, device=device), 0
+
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch; of mixed targets (N, 100) the larger part counts as the label."""
+        labels = labels if labels.ndim == 1 else labels.argmax(1)
+        self.sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        self.count += len(labels)
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss and accuracy in percent; waits for the device."""
+        loss, accuracy = (self.sums / self.count).tolist()
+        return loss, 100 * accuracy
+
+
+def progress_bar(loader: Any, meter: Meter) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches, under a bar with loss, accuracy and the time left; on a terminal only."""
+    total = len(loader) * loader.batch_size
+    with tqdm(total=total, unit=" images", disable=None, leave=False, mininterval=0.5) as bar:
+        for images, labels in loader:
+            yield images, labels
+            if bar.update(len(labels)):  # the bar was drawn: twice a second, as reading waits for the device
+                loss, accuracy = meter.read()
+                bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}%", refresh=False)

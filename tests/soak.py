@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -130,14 +131,15 @@ def damage(count: int, seed: int) -> tuple[int, int, int]:
     model, arrays = MobileNetV3(), small_set()
     with tempfile.TemporaryDirectory() as temporary, taken_for_official(arrays):
         pth, npz = Path(temporary, "some.pth"), Path(temporary, "cifar100.npz")
-        checkpoint.save(pth, {"epoch": 1, "weights": model.state_dict()})
+        content = {"config": asdict(Config()), "epoch": 1, "weights": model.state_dict()}
+        checkpoint.save(pth, content)
         np.savez(npz, **arrays)
         wholes = {pth: pth.read_bytes(), npz: npz.read_bytes()}
 
         def read_checkpoint() -> Any:
-            content = checkpoint.load(pth)
-            evaluate.load_model(content, pth)
-            return content["weights"]
+            found = checkpoint.load(pth)
+            evaluate.load_model(found, pth)
+            return found["weights"]
 
         readers = {pth: read_checkpoint, npz: lambda: data.read(npz, "train") | data.read(npz, "test")}
         expected = {path: checkpoint.digest(as_tensors(read())) for path, read in readers.items()}
@@ -163,10 +165,10 @@ def damage(count: int, seed: int) -> tuple[int, int, int]:
             weights = dict(model.state_dict())
             name = rng.choice(sorted(weights))
             weights[name] = torch.zeros(7)  # another model's
-            checkpoint.save(pth, {"epoch": 1, "weights": weights})
+            checkpoint.save(pth, content | {"weights": weights})
             judge(pth)
             with mock.patch.object(checkpoint, "FORMAT", rng.randrange(2, 1000)):
-                checkpoint.save(pth, {"epoch": 1, "weights": model.state_dict()})
+                checkpoint.save(pth, content)
             judge(pth)
     return tally["refused"], tally["harmless"], tally["accepted"]
 

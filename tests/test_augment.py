@@ -68,7 +68,10 @@ def reference_sample(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("name", ["shear_x", "shear_y", "translate_x", "translate_y", "rotate"])
+GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+
+
+@pytest.mark.parametrize("name", GEOMETRIC)
 def test_geometric_operations_against_a_loop_over_pixels(images: Tensor, name: str) -> None:
     for image, level in zip(images[::40].float(), (-0.7, 0.2, 1.0), strict=True):
         angle = math.radians(30 * level)
@@ -83,25 +86,31 @@ def test_geometric_operations_against_a_loop_over_pixels(images: Tensor, name: s
         assert np.allclose(result, reference_sample(image.numpy(), np.array(matrix)), atol=0.02)
 
 
-@pytest.mark.parametrize(
-    ("name", "reference", "tolerance"),
-    [
-        ("identity", lambda image, level: image, 0.0),
-        ("brightness", lambda image, level: 255 * TF.adjust_brightness(image / 255, 1 + 0.9 * level), 0.1),
-        ("saturation", lambda image, level: 255 * TF.adjust_saturation(image / 255, 1 + 0.9 * level), 0.1),
-        ("contrast", lambda image, level: 255 * TF.adjust_contrast(image / 255, 1 + 0.9 * level), 0.1),
-        ("sharpness", lambda image, level: 255 * TF.adjust_sharpness(image / 255, 1 + 0.9 * level), 0.1),
-        ("posterize", lambda image, level: TF.posterize(image, 8 - round(4 * abs(level))), 0.0),
-        ("solarize", lambda image, level: TF.solarize(image, 256 * (1 - abs(level))), 0.0),
-        ("autocontrast", lambda image, level: 255 * TF.autocontrast(image / 255), 0.1),
-        ("equalize", lambda image, level: TF.equalize(image), 0.0),
-    ],
-)
+COLOUR = [  # name, torchvision's of one image, tolerance
+    ("identity", lambda image, level: image, 0.0),
+    ("brightness", lambda image, level: 255 * TF.adjust_brightness(image / 255, 1 + 0.9 * level), 0.1),
+    ("saturation", lambda image, level: 255 * TF.adjust_saturation(image / 255, 1 + 0.9 * level), 0.1),
+    ("contrast", lambda image, level: 255 * TF.adjust_contrast(image / 255, 1 + 0.9 * level), 0.1),
+    ("sharpness", lambda image, level: 255 * TF.adjust_sharpness(image / 255, 1 + 0.9 * level), 0.1),
+    ("posterize", lambda image, level: TF.posterize(image, 8 - round(4 * abs(level))), 0.0),
+    ("solarize", lambda image, level: TF.solarize(image, 256 * (1 - abs(level))), 0.0),
+    ("autocontrast", lambda image, level: 255 * TF.autocontrast(image / 255), 0.1),
+    ("equalize", lambda image, level: TF.equalize(image), 0.0),
+]
+
+
+@pytest.mark.parametrize(("name", "reference", "tolerance"), COLOUR)
 def test_colour_operations_against_torchvision(images: Tensor, name: str, reference, tolerance: float) -> None:
     """torchvision's, image by image."""
     for image, level in zip(images[::13], torch.linspace(-0.9, 0.9, 8).tolist(), strict=True):
         result = augment.OPERATIONS[name](image[None].float(), torch.full((1, 1, 1, 1), level))[0].clamp(0, 255)
         assert (result - reference(image, level).float()).abs().max() <= tolerance
+
+
+def test_each_operation_has_its_reference() -> None:
+    """In one of the two lists above; the identity is in the second."""
+    names = [*GEOMETRIC, *(name for name, *_ in COLOUR)]
+    assert sorted(names) == sorted(augment.OPERATIONS.keys())
 
 
 def test_trivial_augment_changes_its_fraction_of_the_images(images: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import zipfile
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -83,13 +84,40 @@ def test_other_files_are_refused(path: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match="its format is 0"):
         checkpoint.load(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(checkpoint.LARGEST + 1))
+        archive.writestr("archive/data.pkl", bytes(checkpoint.MAX_BYTES + 1))
     with pytest.raises(checkpoint.CheckpointError, match="unpacks to more"):
         checkpoint.load(path)
     path.unlink()
     path.mkdir()
     with pytest.raises(checkpoint.CheckpointError, match="cannot be used"):
         checkpoint.load(path)
+
+
+def test_runs_of_one_second_have_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another process makes the folder just before."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:
+            return datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(checkpoint, "datetime", Clock)
+    runs = tmp_path / "some" / "runs"
+    first, second = (checkpoint.new_run(str(runs), "any", {"seed": seed}) for seed in (1, 2))
+    made, raced = Path.mkdir, []
+
+    def another_was_first(path: Path, *arguments: object, **more: object) -> None:
+        if not raced and path == second.with_name(f"{second.name}+"):
+            raced.append(path)
+            made(path)
+        made(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "mkdir", another_was_first)
+    third = checkpoint.new_run(str(runs), "any", {"seed": 3})
+    assert first.name == "20260102-030405-any"
+    assert len({first, second, third, *raced}) == 4
+    assert [checkpoint.read_settings(folder) for folder in (first, second, third)] == [{"seed": i} for i in (1, 2, 3)]
+    assert list(raced[0].iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_file(path: Path) -> None:

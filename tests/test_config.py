@@ -75,6 +75,8 @@ def other_default(field: str, value: Any) -> Any:
     choices = next(f for f in fields(Config) if f.name == field).metadata["choices"]
     if choices:
         return next(choice for choice in choices if choice != value)
+    if isinstance(value, str):
+        return f"{value}2"
     return not value if isinstance(value, bool) else value + 1
 
 
@@ -141,7 +143,7 @@ def test_old_names_are_read() -> None:
     assert set(OLD_NAMES.values()) <= asdict(restored).keys()
 
 
-def test_the_published_checkpoints_settings_are_scratchs() -> None:
+def test_the_published_checkpoint_has_the_settings_of_scratch() -> None:
     restored = restore(checkpoint.load(checkpoint.PUBLISHED)["config"])
     assert restored.experiment == "scratch"
     assert changes(restored) == {}
@@ -166,13 +168,13 @@ def test_published_experiments() -> None:
         assert not any(recipe[technique] for technique in (*off, "mixup", "cutmix", "small_fraction"))
 
 
-def test_a_resumed_runs_settings_are_not_checked_against_the_defaults() -> None:
+def test_flags_beside_resume_are_not_checked_against_the_defaults() -> None:
     """lr_step has no meaning beside the defaults' cosine, but the run may have StepLR."""
     arguments = parse_command_line(["--resume", "runs/x", "--lr_step", "38"])
     assert arguments.given == {"lr_step": 38}
 
 
-def test_an_empty_folder_name_is_no_new_training() -> None:
+def test_resume_with_an_empty_folder_name_does_not_start_a_new_run() -> None:
     """As a shell variable that is not set gives it."""
     assert parse_command_line(["--resume", ""]).resume is not None
     assert parse_command_line([]).resume is None

@@ -43,8 +43,8 @@ def test_an_older_runs_missing_setting_is_off(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "old", Config(), [10.0])
     (folder / "config.json").write_text(json.dumps(stored))
     assert curves.note(folder) == "old changed nothing"
-    (folder / "config.json").write_text(json.dumps(stored | {"teacher": "best"}))
-    assert curves.note(folder).startswith("old: settings unknown (") and "teacher" in curves.note(folder)
+    (folder / "config.json").write_text(json.dumps(stored | {"tutor": "best"}))
+    assert curves.note(folder).startswith("old: settings unknown (") and "tutor" in curves.note(folder)
     (folder / "config.json").write_text("[]")
     assert curves.note(folder).startswith("old: settings unknown (")
 

@@ -47,7 +47,7 @@ def test_grade(request: pytest.FixtureRequest, grade_lines: list[str]) -> None:
     assert 0 < result["accuracy"] <= result["top5"] <= 100
 
 
-def test_grade_without_data_is_said_in_capitals() -> None:
+def test_without_data_the_grade_says_so_in_capitals() -> None:
     said, flops, size = grade_without_data(checkpoint.PUBLISHED).splitlines()
     assert said.startswith("ACCURACY NOT MEASURED: CIFAR-100 CANNOT BE HAD")
     assert (flops, size) == ("flops = 11776320", "Model parameter size = 3814.391 kB")
@@ -64,7 +64,7 @@ def test_published_checkpoint_is_small_and_plain() -> None:
     assert checkpoint.PUBLISHED.stat().st_size < 4.2e6
     content = checkpoint.load(checkpoint.PUBLISHED)
     assert content["digests"] == data.SHA256
-    assert {"config", "epoch", "date", "torch", "history", "test", "run", "choice"} <= content.keys()
+    assert {"config", "epoch", "date", "torch", "history", "test", "run"} <= content.keys()
     assert content["config"]["dataset"] == "cifar100"
 
 

@@ -115,7 +115,7 @@ def test_squeeze_excitation_scales_channels() -> None:
 
 
 @pytest.mark.parametrize(("dropout", "count"), [(0.0, 0), (0.1, 9)])
-def test_dropout_is_no_module_at_zero(dropout: float, count: int) -> None:
+def test_zero_dropout_adds_no_module(dropout: float, count: int) -> None:
     model = MobileNetV3(dropout)
     assert sum(isinstance(module, nn.Dropout) for module in model.modules()) == count
-    assert model.state_dict().keys() == MobileNetV3().state_dict().keys(), "the weights fit the graded model"
+    assert model.state_dict().keys() == MobileNetV3().state_dict().keys(), "the weights fit our model"

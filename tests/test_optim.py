@@ -1,4 +1,4 @@
-"""Optimizers, schedules, the criterion and the averaged weights, against torch's own and against their formulas."""
+"""Optimizers, schedules, the criterion and the EMA weights, against torch's own and against their formulas."""
 
 import functools
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_sgd_has_nesterov_momentum() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_optimizers_are_torchs(name: str) -> None:
+def test_an_optimizer_updates_as_torchs_own(name: str) -> None:
     """Bit for bit what torch's gives as it is made by hand, with a state saved and loaded after each step."""
     results = []
     for ours in (True, False):
@@ -106,7 +106,7 @@ def test_optimizers_are_torchs(name: str) -> None:
     assert not torch.equal(results[0], torch.randn(3, 5, generator=torch.Generator().manual_seed(0)))
 
 
-def test_a_first_step_that_the_scaler_skips_changes_nothing() -> None:
+def test_the_scaler_can_skip_the_first_step() -> None:
     """In float16 the first gradients often overflow; torch's fused SGD alone then goes on with unset memory."""
     results = []
     for skipped in (1, 0):

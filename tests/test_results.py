@@ -140,14 +140,17 @@ def test_gains_are_paired_by_seed() -> None:
 
 def test_more_seeds_give_mean_and_deviation() -> None:
     records = {"scratch": run("scratch", 0, test=73) | {"config": {"epochs": 140}, "seed": 0}}
-    assert tables.spread(records) == "one seed, 0"
+    assert tables.spread(records) == "one run, seed 0"
     records["other"] = run("other", 0, test=90) | {"config": {"epochs": 1}, "seed": 1}
     records["scratch-seed1"] = records["scratch"] | run("scratch-seed1", 0, test=75)
     assert tables.spread(records) == "2 seeds: 73.00, 75.00; mean 74.00, standard deviation 1.41"
 
 
-def test_figures_that_are_null_are_not_measured() -> None:
+def test_null_is_printed_as_not_measured() -> None:
     assert (tables.percent(None), tables.duration(None)) == ("not measured", "not measured")
+    times = {"machine": "a box", "times": [{"what": "any", "cpu_seconds": 40, "gpu_seconds": None}]}
+    header, _, row = tables.times_table(times, {}).splitlines()
+    assert (header, row) == ("| each timed once | a box | one CUDA GPU |", "| any | 40 s | not measured |")
     assert [tables.duration(seconds) for seconds in (40, 180, 7524)] == ["40 s", "3 min", "2.1 hours"]
 
 
@@ -157,7 +160,7 @@ def test_records_have_the_recipes_of_the_presets() -> None:
         assert recorded.items() <= preset(name).items(), name
 
 
-def test_the_shipped_record_is_the_published_checkpoints() -> None:
+def test_the_shipped_record_agrees_with_the_published_checkpoint() -> None:
     record, content = json.loads(Path("docs/results/scratch.json").read_text()), checkpoint.load(checkpoint.PUBLISHED)
     assert record["test"] == pytest.approx(content["test"], abs=1e-5)
     assert (record["run"], record["best_epoch"], record["torch"]) == (

@@ -1,5 +1,6 @@
 """Training with several seeds: their spread, wrong command lines, and Ctrl-C."""
 
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -68,12 +69,21 @@ def test_wrong_command_lines_are_one_line(argv: str, text: str, capsys: pytest.C
     assert stopped.value.code == 2 and text in line
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def stop(config: Config) -> None:
-        raise train.Stopped(signal.SIGTERM, f"runs/seed {config.seed}")
+def test_ctrl_c_says_how_to_go_on(tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """In the second of three seeds, once its run has its folder."""
+    starts = iter((0, 1))
 
-    monkeypatch.setattr(train, "train", stop)
-    assert seeds.main(["3"]) == 128 + signal.SIGTERM
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == "Seeds 0 to 2 are not finished: no mean and no standard deviation"
-    assert lines[-1].endswith("python train.py --resume 'runs/seed 0'")
+    def stop(*arguments: object) -> None:
+        if next(starts):
+            signal.raise_signal(signal.SIGTERM)
+        fit(*arguments)
+
+    fit = train.fit
+    monkeypatch.setattr(train, "fit", stop)
+    assert seeds.main(["3", *FLAGS, "--runs_dir", f"{tiny.runs_dir} of $me"]) == 128 + signal.SIGTERM
+    out, err = capsys.readouterr()
+    *_, go_on, unfinished = out.splitlines()
+    _, stopped = sorted(Path(f"{tiny.runs_dir} of $me").iterdir())
+    assert go_on == f"Stopped. Go on with: python train.py --resume {shlex.quote(str(stopped))}"
+    assert unfinished == "Seeds 1 to 2 are not finished: no mean and no standard deviation"
+    assert err == ""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
 import evaluate
@@ -28,6 +28,7 @@ import utils
 from augment import build_loader
 from config import Config
 from data import Images
+from model import MobileNetV3
 from optim import build_criterion
 from tests.helpers import EVERYTHING, TINY, log_rows, small_set, taken_for_official
 
@@ -66,6 +67,14 @@ def same(a: list[tuple[str, object]], b: list[tuple[str, object]]) -> bool:
     )
 
 
+def command_to_go_on(printed: str) -> Path:
+    """The run folder in the command that a stopped run prints last."""
+    text, _, command = printed.splitlines()[-1].partition(": ")
+    *words, folder = shlex.split(command)
+    assert (text, words) == ("Stopped. Go on with", ["python", "train.py", "--resume"])
+    return Path(folder)
+
+
 def call_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count: int, action: Any) -> None:
     """Let the function `name` of `owner` do what it does, and call `action` in its call of that number."""
     original, calls = getattr(owner, name), iter(range(1, 1_000_000))
@@ -97,7 +106,7 @@ def test_the_ema_is_validated_on_the_validation_images(tiny: Config, monkeypatch
     assert all(torch.equal(weights[name], value) for name, value in best.items())
 
 
-def test_what_a_run_prints_and_writes(tiny: Config, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_prints_its_epochs_and_writes_its_files(tiny: Config, capsys: pytest.CaptureFixture) -> None:
     config = replace(tiny, epochs=3, optimizer="adamw", lr=3e-3, schedule="step", ema=0.0, small_fraction=0.0)
     folder = train.train(config)
     lines = capsys.readouterr().out.splitlines()
@@ -127,7 +136,7 @@ def test_what_a_run_prints_and_writes(tiny: Config, capsys: pytest.CaptureFixtur
     assert sorted(p.name for p in folder.iterdir()) == FILES
 
 
-def test_an_equal_accuracy_is_no_better_one(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_epoch_of_equal_accuracy_does_not_replace_the_best(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([50.0, 50.0, 49.0])
     monkeypatch.setattr(train, "evaluate", lambda *_: evaluate.Scores(1.0, next(accuracies), 90.0))
     folder = train.train(replace(tiny, epochs=3, images_per_class=4))
@@ -147,13 +156,13 @@ def test_the_program_ends_with_a_summary(tiny: Config, capsys: pytest.CaptureFix
 
 
 def test_the_first_epochs_train_on_small_images(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    sides, forward = [], train.MobileNetV3.forward
+    sides, forward = [], MobileNetV3.forward
 
     def recorded(model: torch.nn.Module, images: Tensor) -> Tensor:
         sides.extend([images.shape[-1]] * model.training)
         return forward(model, images)
 
-    monkeypatch.setattr(train.MobileNetV3, "forward", recorded)
+    monkeypatch.setattr(MobileNetV3, "forward", recorded)
     train.train(replace(tiny, epochs=3, small_fraction=0.6, images_per_class=4, batch_size=25))
     assert sides == 4 * [24] + 2 * 4 * [32]
 
@@ -168,7 +177,9 @@ def test_without_validation_the_last_epoch_is_saved(tiny: Config, capsys: pytest
 
 
 @pytest.mark.parametrize("recipe", [EVERYTHING, {"optimizer": "sgd", "schedule": "step"}], ids=["everything", "sgd"])
-def test_resume_is_bit_exact(tiny: Config, recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_bit_exact(
+    tiny: Config, recipe: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Interrupted in the middle of the second epoch; weights, optimizer and log are those of a run that was not."""
     config = replace(tiny, **recipe)
     whole = train.train(config)
@@ -176,11 +187,11 @@ def test_resume_is_bit_exact(tiny: Config, recipe: dict, monkeypatch: pytest.Mon
     def interrupt() -> None:
         raise KeyboardInterrupt(15)
 
-    with monkeypatch.context() as patch, pytest.raises(train.Stopped) as stopped:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
         call_at(patch, torch.nn.functional, "cross_entropy", 12, interrupt)  # 7 steps and 1 validation an epoch
         train.train(config)
-    number, folder = stopped.value.args
-    assert (number, len(log_rows(folder))) == (15, 1)
+    folder = command_to_go_on(capsys.readouterr().out)
+    assert (stopped.value.args, len(log_rows(folder))) == ((15,), 1)
     assert train.train(config, folder) == folder
     assert same(end_state(folder), end_state(whole))
     assert log_rows(folder) == log_rows(whole)
@@ -212,18 +223,25 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_resume_is_bit_exact_wherever_a_run_was_interrupted(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path, owner: Any, name: str, call: int, finished: int
+    tiny: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    uninterrupted: Path,
+    owner: Any,
+    name: str,
+    call: int,
+    finished: int,
 ) -> None:
     """In a step, in the validation, before each file gets its name, and after the last epoch."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt(2)
 
-    with monkeypatch.context() as patch, pytest.raises((train.Stopped, KeyboardInterrupt)) as stopped:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
         call_at(patch, owner, name, call, interrupt)
         train.train(replace(tiny, **THREE_STEPS))
-    assert stopped.type is train.Stopped, "the command to go on would not be printed"
-    _, folder = stopped.value.args
+    assert stopped.value.args == (2,)
+    folder = command_to_go_on(capsys.readouterr().out)
     assert not list(folder.glob(".*.part")), "no temporary file is left"
     epochs = checkpoint.load(folder / "last.pth")["epoch"] if (folder / "last.pth").exists() else 0
     assert epochs == finished
@@ -258,6 +276,17 @@ def test_a_signal_before_the_first_step_leaves_no_run(
     assert out.splitlines()[-1] == "Stopped before any step"
     assert err == ""
     assert not Path(tiny.runs_dir).exists()
+
+
+def test_ctrl_c_while_a_resumed_run_loads_its_data_gives_the_command(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, handlers: None
+) -> None:
+    folder = train.train(replace(tiny, epochs=1, images_per_class=4, runs_dir=f"{tiny.runs_dir} of $me"))
+    capsys.readouterr()
+    monkeypatch.setattr(train, "build_loader", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert train.main(["--resume", str(folder)]) == 128 + signal.SIGINT
+    out, err = capsys.readouterr()
+    assert (command_to_go_on(out), err) == (folder, "")
 
 
 def start(command: list[str]) -> subprocess.Popen:
@@ -309,7 +338,7 @@ def official(tiny: Config, folder: Path) -> Config:
     )  # fmt: skip
 
 
-def test_the_last_finished_run_is_the_one_that_is_graded(tiny: Config, tmp_path: Path) -> None:
+def test_the_last_finished_run_writes_best_pth(tiny: Config, tmp_path: Path) -> None:
     """Also where another run has written its best weights since this one's best epoch."""
     arrays = small_set()
     np.savez(tmp_path / "cifar100.npz", **arrays)
@@ -338,8 +367,39 @@ def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
     assert train.resumed_config(folder, {"epochs": 1}) == config
     with pytest.raises(utils.UserError, match=r"epochs 1 \(now 5\), lr 0.2 \(now 0.1\)"):
         train.resumed_config(folder, {"epochs": 5, "lr": 0.1})
-    moved = train.resumed_config(folder, {"device": "auto", "threads": 2, "data_dir": "elsewhere"})
-    assert moved == replace(config, device="auto", threads=2, data_dir="elsewhere")
+    how = {"device": "auto", "threads": 2, "data_dir": "elsewhere", "compile": True, "tensorboard": True}
+    assert train.resumed_config(folder, how) == replace(config, **how)
+
+
+def test_resuming_after_the_network_was_changed_is_one_line(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, handlers: None
+) -> None:
+    """Other names, other shapes; the run's files stay as they are."""
+    folder = train.train(replace(tiny, epochs=1, images_per_class=4))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for other in (nn.Sequential(MobileNetV3()), MobileNetV3()):
+        if isinstance(other, MobileNetV3):
+            other.classifier = nn.Linear(960, 50)
+        monkeypatch.setattr(train, "build_model", lambda *_, other=other: other)
+        assert train.main(["--resume", str(folder)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"train.py: error: {folder} cannot go on, its model is another one: ")
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("when", ["at once", "in the first step"])
+def test_a_failing_torch_compile_is_one_line(
+    tiny: Config, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, handlers: None
+) -> None:
+    """As where there is no C++ compiler."""
+
+    def fail(*arguments: object, **more: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no compiler\n\n  was found")
+
+    monkeypatch.setattr(torch, "compile", fail if when == "at once" else lambda *_, **more: fail)
+    assert train.main(flags(replace(tiny, epochs=1, images_per_class=4, compile=True))) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "train.py: error: torch.compile failed: no compiler was found. Train without --compile"
 
 
 def test_an_older_run_goes_on_and_a_newer_one_is_refused(tiny: Config) -> None:
@@ -352,13 +412,15 @@ def test_an_older_run_goes_on_and_a_newer_one_is_refused(tiny: Config) -> None:
     checkpoint.save(folder / "last.pth", content)
     expected = replace(tiny, epochs=1, images_per_class=4, cutout=0, trivial_augment=0.0)
     assert train.resumed_config(folder, {}) == expected
-    settings["teacher"] = "resnet"
+    settings["tutor"] = "resnet"
     checkpoint.save(folder / "last.pth", content)
-    with pytest.raises(utils.UserError, match=r"cannot go on: written by a newer version .* teacher"):
+    with pytest.raises(utils.UserError, match=r"cannot go on: written by a newer version .* tutor"):
         train.resumed_config(folder, {})
 
 
-def test_what_is_no_run_is_refused_on_resuming(tiny: Config, capsys: pytest.CaptureFixture, handlers: None) -> None:
+def test_resuming_a_folder_without_a_run_is_refused(
+    tiny: Config, capsys: pytest.CaptureFixture, handlers: None
+) -> None:
     folder = train.train(replace(tiny, epochs=1, images_per_class=4))
     shutil.copy(folder / "best.pth", folder / "last.pth")
     with pytest.raises(checkpoint.CheckpointError, match=r"last\.pth is not what"):
@@ -389,7 +451,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny: Config) 
 
 
 @pytest.mark.parametrize("broken", ["loss", "weight", "statistic"])
-def test_what_is_not_finite_stops_training(tiny: Config, broken: str) -> None:
+def test_a_loss_or_weight_that_is_not_finite_stops_training(tiny: Config, broken: str) -> None:
     state = train.TrainState(tiny, torch.device("cpu"))
     train.check_finite(state, 1.0, 0.1)
     if broken != "loss":

@@ -1,10 +1,14 @@
 """Errors in one line, whole files, locks, memory."""
 
+import errno
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import utils
 
@@ -12,12 +16,14 @@ import utils
 @pytest.mark.parametrize(
     ("error", "code", "printed"),
     [
-        (utils.UserError("mend it"), 1, "name: error: mend it\n"),
+        (utils.UserError("fix it"), 1, "name: error: fix it\n"),
         (PermissionError(13, "Permission denied", "file"), 1, "name: error: [Errno 13] Permission denied: 'file'\n"),
+        (KeyboardInterrupt(), 130, ""),
         (KeyboardInterrupt(2), 130, ""),
+        (KeyboardInterrupt(15), 143, ""),
     ],
 )
-def test_an_error_that_a_user_can_mend_is_one_line(
+def test_an_error_that_a_user_can_fix_is_one_line(
     error: BaseException, code: int, printed: str, capsys: pytest.CaptureFixture
 ) -> None:
     @utils.program("name")
@@ -37,7 +43,7 @@ def test_a_mistake_in_the_program_keeps_its_traceback() -> None:
         main(["some"])
 
 
-def test_a_reader_that_has_gone_ends_a_program_quietly() -> None:
+def test_a_program_ends_quietly_with_code_141_when_its_reader_ends() -> None:
     """As `| head` does."""
     code = """if True:
         import sys, utils
@@ -51,7 +57,27 @@ def test_a_reader_that_has_gone_ends_a_program_quietly() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "0\n"
     process.stdout.close()
-    assert (process.wait(60), process.stderr.read()) == (0, "")
+    assert (process.wait(60), process.stderr.read()) == (141, "")
+    process.stderr.close()
+
+
+def test_a_reader_that_ended_is_noticed_in_buffered_output_too() -> None:
+    code = """if True:
+        import sys, utils
+        @utils.program("name")
+        def main(argv=None):
+            sys.stdin.readline()  # until the reader has ended
+            print("some")
+            return 0
+        sys.exit(main())
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, **pipes)
+    process.stdout.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    assert (process.wait(60), process.stderr.read()) == (141, "")
     process.stderr.close()
 
 
@@ -99,6 +125,26 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EAGAIN, errno.EACCES])
+def test_only_a_held_lock_refuses_a_folder(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EAGAIN and EACCES say that it is held; with the others the file system has no locks, and work goes on."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    held = []
+    if number in (errno.EAGAIN, errno.EACCES):
+        with pytest.raises(utils.UserError, match="in use by another process"), utils.locked(tmp_path):
+            held.append(1)
+        assert held == []
+    else:
+        with utils.locked(tmp_path), utils.locked(tmp_path):
+            held.append(1)
+        assert held == [1]
+
+
 def test_best_row_is_the_first_of_the_best() -> None:
     history = [{"epoch": i, "validation_accuracy": value} for i, value in enumerate((1.0, 3.0, 3.0, 2.0))]
     assert utils.best_row(history)["epoch"] == 1
@@ -115,3 +161,16 @@ def test_choosing_a_device() -> None:
     with pytest.raises(utils.UserError, match=r"cuda:99 is not there: .* Try --device cpu"):
         utils.choose_device("cuda:99")
     assert utils.choose_device("auto").type in ("cpu", "cuda")
+
+
+def test_provenance_names_commit_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object, **more: object) -> None:
+        raise FileNotFoundError("git")
+
+    threads = torch.get_num_threads()
+    found = utils.provenance.__wrapped__("cpu")
+    assert found["torch"] == torch.__version__
+    assert found["machine"].endswith(f", {threads} thread{'s' * (threads > 1)}")
+    assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", found["commit"])
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert utils.provenance.__wrapped__("cpu") == found | {"commit": None}

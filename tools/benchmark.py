@@ -27,8 +27,7 @@ from config import Config, OneLineParser
 from evaluate import evaluate
 from model import MobileNetV3
 from optim import build_criterion
-from tools.publish import this_machine
-from utils import UserError, keep_freed_memory, program
+from utils import UserError, keep_freed_memory, program, provenance
 
 ROUNDS = 3  # of each contender, in turn
 CPU = torch.device("cpu")
@@ -207,9 +206,8 @@ def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         start = median_seconds(lambda: succeed("-c", START, "--runs_dir", folder))
     return {
-        "machine": this_machine(torch.get_num_threads()),
+        **provenance("auto"),
         "cores": os.cpu_count(),
-        "torch": str(torch.__version__),
         "train_images_per_second": ours,
         "train_cpu_ratio": ours / plain,
         "train_cpu_tuned_ratio": ours / tuned,

@@ -5,10 +5,8 @@ Writes docs/results/NAME.json, docs/logs/NAME.csv and docs/curves/NAME.png; with
 
 import json
 import os
-import platform
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -45,9 +43,14 @@ def open_run(run: Path) -> tuple[Content, Content, Config]:
             f"First finish it: python train.py --resume {shlex.quote(str(run))}"
         )
     try:
-        return last, best, restore(best["config"])
+        config = restore(best["config"])
     except ValueError as error:
         raise CheckpointError(f"{run} cannot be published: {error}") from error
+    if config.images_per_class:
+        raise CheckpointError(f"{run} was trained on {config.images_per_class} images a class, not on all of them")
+    if "history" not in last:
+        raise CheckpointError(f"{run}/last.pth is not what a run writes under that name")
+    return last, best, config
 
 
 def recipe(config: Config) -> dict[str, Any]:
@@ -68,14 +71,15 @@ def read_record(path: Path, config: Config, again: bool) -> Record:
     try:
         record = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}. Mend it by hand") from error
+        raise UserError(f"{path} is not JSON: {one_line(error)}. Repair it by hand") from error
     if not isinstance(record, dict) or "config" not in record:
         raise UserError(f"{path} is not the record of a run. Give another --name")
     now = recipe(config) | {"seed": config.seed}
-    then = record["config"] | {"seed": record.get("seed")}
-    if differing := [
-        f"{name} {then.get(name)} (now {value})" for name, value in now.items() if then.get(name) != value
-    ]:
+    try:
+        then = recipe(restore(record["config"])) | {"seed": record.get("seed")}
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{path} has wrong settings: {error}. Give another --name") from error
+    if differing := [f"{name} {then[name]} (now {value})" for name, value in now.items() if then[name] != value]:
         raise UserError(f"{path} is of a run with other settings: {', '.join(differing)}. Give another --name")
     if record.get("test") and not again:
         raise UserError(
@@ -83,26 +87,6 @@ def read_record(path: Path, config: Config, again: bool) -> Record:
             "give another --name, or --again to replace the record"
         )
     return record
-
-
-def head_commit() -> str | None:
-    """The commit of this code, or None where git knows none."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def this_machine(threads: int) -> str:
-    """The GPU's name, or the CPU's with the number of its threads that are used (0: torch's choice)."""
-    device = choose_device("auto")
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    linux = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", linux.read_text(), re.MULTILINE) if linux.exists() else []
-    threads = threads or torch.get_num_threads()
-    return f"{[*names, platform.machine()][0]}, {threads} thread{'s' * (threads > 1)}"
 
 
 def score_training_images(path: Path, best: Content, config: Config, data_dir: str) -> dict[str, Any]:
@@ -145,9 +129,9 @@ def publish(
         "title": before.get("title") or title(config),
         "config": recipe(config),
         "seed": config.seed,
-        "commit": commit or head_commit(),
+        "commit": commit or best.get("commit"),
         "torch": best["torch"],
-        "machine": machine or this_machine(config.threads),
+        "machine": machine or best.get("machine"),
         "date": best["date"],
         "run": run.resolve().name,
         "epochs": last["epoch"],
@@ -182,8 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", help="letters, digits, _ and - [the run's experiment]")
     parser.add_argument("--ship", action="store_true", help=f"write {PUBLISHED} too")
     parser.add_argument("--again", action="store_true", help="replace a record that is measured")
-    parser.add_argument("--commit", help="that the run was made at [this code's]")
-    parser.add_argument("--machine", help="that the run was made on [this one]")
+    parser.add_argument("--commit", help="that the run was made at [as the run wrote]")
+    parser.add_argument("--machine", help="that the run was made on [as the run wrote]")
     parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
     arguments = parser.parse_args(argv)
     if arguments.name is not None and not re.fullmatch(r"[\w-]{1,60}", arguments.name):

@@ -25,7 +25,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}. Mend it by hand") from error
+        raise UserError(f"{path} is not JSON: {one_line(error)}. Repair it by hand") from error
 
 
 def load_records(logs: Logs) -> Records:
@@ -39,7 +39,7 @@ def load_records(logs: Logs) -> Records:
                 logged = record["history"][record["best_epoch"] - 1][f"{part}_{figure}"]
                 stored = record[part] and record[part][figure]
                 if (logged is None) != (stored is None) or abs((logged or 0) - (stored or 0)) > 1e-5:
-                    raise UserError(f"{path} has {part} {figure} {stored}, {record['log']} has {logged}. Mend one")
+                    raise UserError(f"{path} has {part} {figure} {stored}, {record['log']} has {logged}. Fix one")
     return {record["name"]: record for record in records.values()}
 
 

@@ -1,28 +1,29 @@
 """Train with several seeds in turn and print the spread: python -m tools.seeds N [flags of train.py]."""
 
 import argparse
-import shlex
-import signal
+import os
 import statistics
 import sys
 from dataclasses import replace
 
-import train  # before torch: it sets what OpenMP reads at its start
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or OpenMP's idle threads take the cores from other processes
+
+import train
 from checkpoint import load
 from config import Config, OneLineParser, parse_command_line
-from utils import keep_freed_memory, program
+from utils import keep_freed_memory, program, stop_on_signals
 
-LARGEST = 100  # seeds
+MAX_SEEDS = 100  # seeds
 
 
 def configs(argv: list[str] | None = None) -> list[Config]:
     """The settings of each run, from the command line; the first has the seed that --seed gives."""
     parser = OneLineParser(prog="python -m tools.seeds", description=__doc__, allow_abbrev=False)
-    parser.add_argument("count", type=int, metavar="N", help=f"seeds, 1 to {LARGEST}")
+    parser.add_argument("count", type=int, metavar="N", help=f"seeds, 1 to {MAX_SEEDS}")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of train.py, but not --resume")
     arguments = parser.parse_args(argv)
-    if not 1 <= arguments.count <= LARGEST:
-        parser.error(f"N must be between 1 and {LARGEST}, not {arguments.count}")
+    if not 1 <= arguments.count <= MAX_SEEDS:
+        parser.error(f"N must be between 1 and {MAX_SEEDS}, not {arguments.count}")
     run = parse_command_line(arguments.flags)
     if run.resume:
         parser.error("--resume goes on with one run: python train.py --resume RUN")
@@ -35,15 +36,15 @@ def configs(argv: list[str] | None = None) -> list[Config]:
 
 
 def train_seeds(runs: list[Config]) -> list[float]:
-    """Train each run; their best validation accuracies in percent. Raises UserError and train.Stopped."""
+    """Train each run; their best validation accuracies in percent. Raises UserError."""
     best = []
     for config in runs:
         try:
             folder = train.train(config)
-        except train.Stopped:
-            print(f"\nSeeds {config.seed} to {runs[-1].seed} are not finished: no mean and no standard deviation")
+        except KeyboardInterrupt:
+            print(f"Seeds {config.seed} to {runs[-1].seed} are not finished: no mean and no standard deviation")
             raise
-        print(train.summary(folder), flush=True)
+        print(train.summary(folder, config), flush=True)
         best.append(load(folder / "best.pth")["metrics"]["validation_accuracy"])
     return best
 
@@ -59,15 +60,9 @@ def spread(accuracies: list[float]) -> str:
 @program("tools.seeds")
 def main(argv: list[str] | None = None) -> int:
     runs = configs(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, train.interrupt)
+    stop_on_signals()
     keep_freed_memory()
-    try:
-        print(spread(train_seeds(runs)))
-    except train.Stopped as stopped:
-        number, folder = stopped.args
-        print(f"Stopped. Go on with this seed: python train.py --resume {shlex.quote(str(folder))}")
-        return 128 + number
+    print(spread(train_seeds(runs)))
     return 0
 
 

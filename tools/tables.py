@@ -59,7 +59,7 @@ def spread(records: Records) -> str:
     runs = [run for run in records.values() if run["test"] and restore(run["config"]) == recipe]
     figures = [accuracy(run, "test") for run in runs]
     if len(runs) == 1:
-        return f"one seed, {runs[0]['seed']}"
+        return f"one run, seed {runs[0]['seed']}"
     each = ", ".join(f"{figure:.2f}" for figure in figures)
     mean, std = statistics.mean(figures), statistics.stdev(figures)
     return f"{len(runs)} seeds: {each}; mean {mean:.2f}, standard deviation {std:.2f}"
@@ -93,13 +93,13 @@ def sample_lines(history: History) -> str:
     return "\n".join(["```", *lines, "Saved Best Model", "Learning Rate: 0.000000", "```"])
 
 
-def times_table(times: list[dict[str, Any]], logs: Logs) -> str:
-    """How long each command takes; where it has a log, what the log's epochs took."""
+def times_table(times: dict[str, Any], logs: Logs) -> str:
+    """How long each command takes on the machine that is named; where it has a log, what the log's epochs took."""
     rows = []
-    for row in times:
+    for row in times["times"]:
         seconds = sum(epoch["seconds"] for epoch in logs[Path(row["log"]).stem]) if "log" in row else row["cpu_seconds"]
         rows.append([row["what"], duration(seconds), duration(row["gpu_seconds"])])
-    return table(" | 2 CPU cores (AMD EPYC, Zen 4) | one CUDA GPU", rows)
+    return table(f"each timed once | {times['machine']} | one CUDA GPU", rows)
 
 
 def scratch_table(records: Records) -> str:

@@ -1,0 +1,288 @@
+"""A teacher: the losses against formulas, the same view for both, kept logits, other networks, bad input."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import evaluate
+import model as models
+import optim
+import train
+from augment import build_loader
+from config import Config
+from tests.helpers import EVERYTHING, TINY, log_rows, write_checkpoint
+from utils import UserError
+
+CPU = torch.device("cpu")
+TIMM = "tf_efficientnet_lite0"
+
+
+@pytest.fixture
+def teacher(model: nn.Module, tmp_path: Path) -> Path:
+    """A checkpoint of our network with random weights."""
+    return write_checkpoint(tmp_path / "teacher.pth", model)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    """Mean over the rows of KL(p, q)."""
+    return float((p * np.log(p / q)).sum(1).mean())
+
+
+def standardised(logits: np.ndarray) -> np.ndarray:
+    return (logits - logits.mean(1, keepdims=True)) / logits.std(1, ddof=1, keepdims=True)
+
+
+def decoupled(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> float:
+    """DKD by loops, temperature 2."""
+    total = 0.0
+    for s, t, label in zip(softmax(student / 2), softmax(teacher / 2), labels, strict=True):
+        rest = [i for i in range(len(s)) if i != label]
+        total += t[label] * np.log(t[label] / s[label]) + (1 - t[label]) * np.log((1 - t[label]) / (1 - s[label]))
+        total += 8 * sum(t[i] / (1 - t[label]) * np.log(t[i] / (1 - t[label]) / (s[i] / (1 - s[label]))) for i in rest)
+    return 4 * total / len(labels)
+
+
+def centred(logits: np.ndarray) -> np.ndarray:
+    return logits - logits.mean(1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", optim.DISTILLATION)
+def test_distillation_losses_are_their_formulas(name: str) -> None:
+    rng = np.random.default_rng(0)
+    student, teacher, labels = rng.normal(0, 3, (6, 10)), rng.normal(0, 3, (6, 10)), rng.integers(0, 10, 6)
+    expected = {
+        "kl": lambda: 4 * kl(softmax(teacher / 2), softmax(student / 2)),
+        "standardised": lambda: 4 * kl(softmax(standardised(teacher) / 2), softmax(standardised(student) / 2)),
+        "mse": lambda: ((centred(student) - centred(teacher)) ** 2).mean(),
+        "decoupled": lambda: decoupled(student, teacher, labels),
+    }[name]()
+    loss = optim.DISTILLATION[name](*map(torch.from_numpy, (student, teacher, labels)), 2.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    logits = torch.from_numpy(student).requires_grad_()
+    optim.DISTILLATION[name](logits, torch.from_numpy(student), torch.from_numpy(labels), 2.0).backward()
+    assert logits.grad.abs().max() < 1e-9, "nothing is left to learn from an equal"
+
+
+def test_label_weight_adds_the_labels_loss() -> None:
+    logits, outputs = torch.randn(2, 6, 100, generator=torch.Generator().manual_seed(0))
+    labels, images = torch.arange(6), torch.zeros(6, 3, 32, 32)
+    config = replace(TINY, distill_loss="kl", distill_temperature=3.0, label_weight=0.25)
+    loss = optim.build_criterion(config, lambda images: outputs)(images, logits, labels)
+    plain = optim.build_criterion(config)(images, logits, labels)
+    alone = optim.build_criterion(replace(config, label_weight=0.0), lambda images: outputs)(images, logits, labels)
+    assert loss.item() == pytest.approx((alone + 0.25 * plain).item())
+    assert alone.item() == pytest.approx(optim.kl_loss(logits, outputs, labels, 3.0).item())
+
+
+def test_the_teacher_sees_the_students_view(tiny: Config, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of mixed and of small images; it gives the logits of its own model in eval mode."""
+    config = replace(tiny, teacher=str(teacher), mixup=0.2, small_fraction=1.0)
+    state = train.TrainState(config, CPU)
+    seen = []
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    state.teacher = evaluate.Teacher(teacher, CPU)
+    monkeypatch.setattr(state.teacher.model, "forward", lambda x: seen.append(x) or torch.zeros(len(x), 100))
+    state.forward = lambda x: seen.append(x) or state.model(x)
+    train.train_one_epoch(state, build_loader(config, CPU)[0], train.build_criterion(config, state.teacher))
+    assert len(seen) == 14 and seen[0].shape[-1] == 24
+    assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_a_teacher_gives_the_logits_of_its_model(
+    model: nn.Module, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(8, 3, 32, 32)
+    expected = model.eval()(images).detach()
+    for fast, tolerance in ((False, 1e-2), (True, 0.3)):  # of half precision, and of bfloat16
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        outputs = evaluate.Teacher(teacher, CPU)(images)
+        assert outputs.dtype == torch.float32 and not outputs.requires_grad
+        assert (outputs - expected).abs().max() < tolerance * expected.std()
+
+
+def end_state(folder: Path) -> str:
+    return checkpoint.digest(checkpoint.load(folder / "last.pth")["state"])
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_resume_with_a_teacher_is_bit_exact(
+    tiny: Config, teacher: Path, views: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the third epoch, whose logits are kept ones with two views."""
+    settings = EVERYTHING | {"epochs": 4, "images_per_class": 4, "teacher": str(teacher), "teacher_views": views}
+    config = replace(tiny, **settings)
+    whole = train.train(config)
+    evaluated, calls = train.evaluate, []
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt(2)
+        return evaluated(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate", interrupted)
+        train.train(config)
+    (folder,) = set(Path(config.runs_dir).iterdir()) - {whole}
+    assert len(log_rows(folder)) == 2
+    train.train(train.resumed_config(folder, {}), folder)
+    assert end_state(folder) == end_state(whole)
+    assert log_rows(folder) == log_rows(whole)
+
+
+def test_kept_logits_give_the_same_weights_without_computing(
+    tiny: Config, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two views: the teacher computes two epochs of four; a damaged file is made again."""
+    config = replace(tiny, epochs=4, images_per_class=4, small_fraction=0.0, teacher=str(teacher), teacher_views=2)
+    forwards = []
+    forward = evaluate.Teacher.__call__
+
+    def counted(self: evaluate.Teacher, images: Tensor) -> Tensor:
+        forwards.append(self.known is None)
+        return forward(self, images)
+
+    monkeypatch.setattr(evaluate.Teacher, "__call__", counted)
+    folder = train.train(config)
+    steps = len(forwards) // 4
+    assert forwards == [True] * 2 * steps + [False] * 2 * steps
+    first = end_state(folder)
+    monkeypatch.setattr(evaluate.Teacher, "end_view", lambda self: None)  # nothing is kept: all is computed
+    forwards.clear()
+    assert end_state(train.train(config)) == first
+    assert all(forwards)
+    monkeypatch.undo()
+    (folder / "logits-0.pth").write_bytes(b"damaged")
+    (folder / "last.pth").unlink()
+    train.train(config, folder)
+    assert end_state(folder) == first
+    assert len(checkpoint.load(folder / "logits-0.pth")["logits"]) == steps
+
+
+def test_a_run_keeps_its_teacher(tiny: Config, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file may change or go while the run is stopped."""
+    config = replace(tiny, epochs=2, images_per_class=4, teacher=str(teacher))
+    whole = train.train(config)
+    save_epoch = checkpoint.save_epoch
+
+    def stop_after_first(*arguments: object) -> None:
+        save_epoch(*arguments)
+        raise KeyboardInterrupt(2)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save_epoch", stop_after_first)
+        train.train(config)
+    (folder,) = (path for path in Path(tiny.runs_dir).iterdir() if path != whole)
+    teacher.write_text("another file")
+    train.train(config, folder)
+    assert end_state(folder) == end_state(whole)
+
+
+def test_views_repeat_only_where_asked(tiny: Config) -> None:
+    for views, same in ((0, False), (2, True)):
+        loader, _ = build_loader(replace(tiny, teacher_views=views, small_fraction=0.0), CPU)
+        batches = []
+        for epoch in (1, 3):
+            loader.set_epoch(epoch)
+            batches.append(next(iter(loader))[0])
+        assert torch.equal(*batches) == same
+
+
+def test_only_our_network_on_cifar100_updates_best_pth(tiny: Config) -> None:
+    real = replace(tiny, dataset="cifar100", images_per_class=0)
+    assert train.updates_best(real)
+    for other in ({"dataset": "synthetic"}, {"model": TIMM}, {"image_size": 64}):
+        assert not train.updates_best(replace(real, **other))
+
+
+def test_other_networks_are_fused_only_where_that_is_exact() -> None:
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    torch.manual_seed(0)
+    for layers in ([nn.Conv2d(3, 4, 1), Activated(4)], [nn.ReLU(), nn.BatchNorm2d(3)], [nn.Conv2d(3, 4, 1)]):
+        other, images = nn.Sequential(*layers).eval(), torch.randn(2, 3, 5, 5)
+        assert torch.equal(evaluate.fuse_batchnorm(other)(images), other(images))
+
+
+def test_any_timm_network_is_trained_graded_and_teaches(tiny: Config, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("timm")
+    settings = {"epochs": 1, "images_per_class": 4, "batch_size": 32, "optimizer": "adamw", "lr": 1e-3}
+    folder = train.train(replace(tiny, **settings, model=TIMM, image_size=40))
+    assert evaluate.main(["--checkpoint", str(folder / "best.pth")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3] != "flops = 11776320" and lines[-2] != "Model parameter size = 3814.391 kB"
+    train.train(replace(tiny, **settings, teacher=str(folder / "best.pth")))
+
+
+def test_weights_are_matched_by_name_or_by_order(model: nn.Module, tmp_path: Path) -> None:
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    weights["classifier.weight"], weights["classifier.bias"] = torch.zeros(10, 960), torch.zeros(10)
+    by_order = {f"other.{i}": value for i, value in enumerate(weights.values())}
+    for content in (weights, by_order):
+        torch.save(content, tmp_path / "weights.pth")
+        other = models.MobileNetV3()
+        own = other.classifier.weight.clone()
+        taken, count = models.load_weights(other, checkpoint.read_weights(tmp_path / "weights.pth"))
+        assert (taken, count) == (len(weights) - 2, len(weights))
+        assert torch.equal(other.head[0].weight, model.head[0].weight)
+        assert torch.equal(other.blocks[4].project[1].running_var, model.blocks[4].project[1].running_var)
+        assert torch.equal(other.classifier.weight, own), "a new classifier"
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert checkpoint.read_weights(tmp_path / "old.pth").keys() == weights.keys(), "torch's older format"
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(weights, tmp_path / "weights.safetensors")  # sorts its tensors: by name only
+    found = checkpoint.read_weights(tmp_path / "weights.safetensors")
+    assert models.load_weights(models.MobileNetV3(), found)[0] == len(weights) - 2
+
+
+def test_a_run_starts_from_weights_and_resumes_without_them(tiny: Config, model: nn.Module, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    config = replace(tiny, epochs=1, weights=str(tmp_path / "weights.pth"))
+    state = train.TrainState(config, CPU)
+    assert all(torch.equal(value, state.model.state_dict()[name]) for name, value in model.state_dict().items())
+    assert torch.equal(state.ema.model.head[0].weight, model.head[0].weight)
+    folder = train.train(config)
+    (tmp_path / "weights.pth").unlink()
+    train.train(config, folder)
+
+
+def test_bad_input_is_one_line(tiny: Config, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").write_text("no weights")
+    torch.save({"a": torch.zeros(3)}, tmp_path / "short.pth")
+    content = checkpoint.load(teacher)
+    content["weights"]["classifier.bias"] = torch.zeros(10)
+    checkpoint.save(tmp_path / "ten.pth", content)
+    wrong = {
+        ("teacher", str(tmp_path / "none.pth")): "is not there",
+        ("teacher", str(tmp_path / "text")): "cannot be used",
+        ("teacher", str(tmp_path / "ten.pth")): "holds no weights of this model",
+        ("weights", str(tmp_path / "none.pth")): "cannot be used",
+        ("weights", str(tmp_path / "text")): "cannot be used",
+        ("weights", str(tmp_path / "short.pth")): "there are 1 tensors",
+    }
+    for (name, value), message in wrong.items():
+        with pytest.raises(UserError, match=message) as caught:
+            train.train(replace(tiny, **{name: value}))
+        assert "\n" not in str(caught.value)
+    assert not Path(tiny.runs_dir).exists(), "before training starts"
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(UserError, match=r"needs timm. Run: pip install -r requirements-tools.txt"):
+        train.train(replace(tiny, model=TIMM))
+
+
+def test_an_unknown_network_is_one_line(tiny: Config) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="timm cannot make model nosuch"):
+        train.train(replace(tiny, model="nosuch"))
