@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+import checkpoint
 import data
 from synthetic import synthetic
 from tests.helpers import write_checkpoint
-from tools import export
+from tools import export, quantize
 from tools.labels import NAMES, SUPERCLASSES, class_names
 from tools.predict import probabilities
 from utils import UserError
@@ -120,6 +122,109 @@ def test_without_the_data_set_synthetic_images_are_checked(monkeypatch) -> None:
     assert checked.shape == (1000, 3, 32, 32) and "CIFAR-100 cannot be had" in what
 
 
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published weights, as a checkpoint for synthetic images, and its float32 file beside it."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    if torch.__version__ < (2, 5):
+        pytest.skip("torch before 2.5 exports no ONNX")
+    path, content = tmp_path_factory.mktemp("shipped") / "any.pth", checkpoint.load(checkpoint.PUBLISHED)
+    checkpoint.save(path, content | {"config": content["config"] | {"dataset": "synthetic"}})
+    assert export.main([str(path.with_suffix(".onnx")), "--checkpoint", str(path)]) == 0
+    return path
+
+
+def test_int8_is_a_third_of_the_size_and_alike(shipped: Path, tmp_path: Path, capsys) -> None:
+    import onnx
+
+    path = tmp_path / "int8.onnx"
+    assert export.main([str(path), "--int8", "--checkpoint", str(shipped)]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    lines = output.out.splitlines()
+    assert str(path) in lines[0] and lines[2] == "Calibrated on 500 synthetic training images"
+    same = re.search(r"1000 synthetic test images: same top-1 class as in float32 on ([0-9.]+) %", lines[3])
+    assert float(same[1]) > 75  # these images are none of those that it was trained on
+    assert re.fullmatch(r"Accuracy = .+ %, in float32 .+ %: -?[0-9.]+ points lost", lines[4])
+    size = path.stat().st_size
+    assert size < 1.3e6 and size < shipped.with_suffix(".onnx").stat().st_size / 3
+    file = onnx.load(path)
+    onnx.checker.check_model(file, full_check=True)
+    (scales,) = (row for row in file.graph.initializer if row.name == "model.stem.0.weight_scale")
+    assert list(scales.dims) == [16]  # one a channel
+    properties = {row.key: row.value for row in file.metadata_props}
+    assert json.loads(properties["labels"]) == list(class_names("synthetic"))
+    assert "test_accuracy" not in properties and "float32_test_accuracy" in properties
+    run, (inputs, _) = quantize.read_onnx(path), images()
+    together = run(inputs)
+    assert together.shape == (3, 100) and together.sum(1).allclose(torch.ones(3), atol=1e-5)
+    torch.testing.assert_close(torch.cat([run(image[None]) for image in inputs]), together, atol=1e-5, rtol=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx"}
+
+
+def test_int8_agrees_with_float32_on_cifar100(shipped: Path, cifar100) -> None:
+    plain, (inputs, what) = shipped.with_suffix(".onnx"), export.check_images("cifar100", "data")
+    content, calibrated = quantize.calibrated(plain, "cifar100", "data")
+    assert calibrated == "Calibrated on 500 cifar100 training images"
+    inputs = inputs.permute(0, 2, 3, 1).contiguous()
+    result = quantize.check(quantize.read_onnx(content), quantize.read_onnx(plain), inputs, what)
+    assert float(re.search(r"float32 on ([0-9.]+) %", result)[1]) > 92
+
+
+def test_calibration_never_reads_test_images(shipped: Path, monkeypatch) -> None:
+    reads, load = [], data.load
+
+    def watched(dataset: str, data_dir: str, source: str, per_class: int = 0) -> data.Images:
+        reads.append(source)
+        return load(dataset, data_dir, source, per_class)
+
+    monkeypatch.setattr(data, "load", watched)
+    monkeypatch.setattr(quantize, "CALIBRATION", 100)
+    content, what = quantize.calibrated(shipped.with_suffix(".onnx"), "synthetic", "nowhere")
+    assert (reads, what) == (["train"], "Calibrated on 100 synthetic training images")
+    assert quantize.read_onnx(content)(images()[0]).shape == (3, 100)
+
+
+def test_calibration_without_the_data_set_says_so(monkeypatch) -> None:
+    def missing(path: Path) -> None:
+        raise data.DataError("no network")
+
+    monkeypatch.setattr(data, "build", missing)
+    found, what = quantize.training_images("cifar100", "nowhere")
+    assert found.shape == (15_000, 3, 32, 32) and "CIFAR-100 cannot be had" in what
+
+
+def test_int8_check_finds_bad_files() -> None:
+    inputs = synthetic(2, seed=5)[0].permute(0, 2, 3, 1)
+    expected = torch.rand(len(inputs), 100, generator=torch.Generator().manual_seed(0)).softmax(1)
+    exact = dict(zip(map(bytes, inputs.flatten(1).numpy()), expected, strict=True))
+
+    def run(batch: torch.Tensor) -> torch.Tensor:
+        return torch.stack([exact[bytes(image)] for image in batch.flatten(1).numpy()])
+
+    def often_wrong(batch: torch.Tensor) -> torch.Tensor:
+        wrong = batch.flatten(1).sum(1) % 3 > 0
+        return torch.where(wrong[:, None], run(batch).flip(1), run(batch))
+
+    def by_batch(batch: torch.Tensor) -> torch.Tensor:
+        return run(batch) + 2e-4 * (len(batch) == 97)
+
+    assert "same top-1 class as in float32 on 100.0 %" in quantize.check(run, run, inputs, "images")
+    for bad in (often_wrong, by_batch, lambda batch: run(batch) * torch.nan):
+        with pytest.raises(UserError, match=r"was deleted\. 200 images"):
+            quantize.check(bad, run, inputs, "images")
+
+
+def test_a_bad_int8_file_is_deleted(shipped: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(quantize, "calibrated", lambda plain, *where: (plain.read_bytes(), "Calibrated"))
+    monkeypatch.setattr(quantize, "SAME", 100.1)
+    assert export.main([str(tmp_path / "int8.onnx"), "--int8", "--checkpoint", str(shipped)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "int8 file is not good enough" in line and "on 100.0 %" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
     source = write_checkpoint(tmp_path / "any.pth", model)
 
@@ -130,8 +235,8 @@ def test_export_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatc
 
     assert "none.pth" in error(tmp_path / "any.pt2", "--checkpoint", tmp_path / "none.pth")
     found = importlib.util.find_spec
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else found(name) or "there")
-    line = error(tmp_path / "any.onnx", "--checkpoint", source)
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None if name == "onnxscript" else found(name) or "there")
+    line = error(tmp_path / "any.onnx", "--int8", "--checkpoint", source)
     assert "onnxscript" in line and "pip install -r requirements-tools.txt" in line
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.4.1"))
     assert "torch 2.5" in error(tmp_path / "any.onnx", "--checkpoint", source)
@@ -139,4 +244,8 @@ def test_export_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatc
         export.main([str(tmp_path / "any.txt")])
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and ".onnx or .pt2" in line
+    with pytest.raises(SystemExit) as stopped:
+        export.main([str(tmp_path / "any.pt2"), "--int8"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "--int8" in line and ".onnx" in line
     assert {path.name for path in tmp_path.iterdir()} == {"any.pth"}

@@ -4,9 +4,9 @@ import io
 import json
 import logging
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import data
 from config import Config, OneLineParser
 from evaluate import default_checkpoint, fuse_batchnorm
+from tools import quantize
 from tools.predict import describe, open_checkpoint, probabilities
 from utils import UserError, atomic_write, program
 
@@ -36,14 +37,6 @@ class Deployed(nn.Module):
         return self.model(planes.float() * self.scale + self.shift).softmax(1)
 
 
-def need_onnx() -> None:
-    """Raise UserError where ONNX cannot be written or checked."""
-    if torch.__version__ < (2, 5):
-        raise UserError(f".onnx needs torch 2.5 or newer, this is {torch.__version__}. Update it, or export a .pt2")
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise UserError(f"not installed: {', '.join(missing)}. Run: pip install -r requirements-tools.txt")
-
-
 def to_onnx(exported: torch.export.ExportedProgram, properties: dict[str, str]) -> bytes:
     """An ONNX file without external data, with properties as its metadata."""
     from onnx.helper import set_model_props  # optional
@@ -59,16 +52,6 @@ def to_pt2(exported: torch.export.ExportedProgram, properties: dict[str, str]) -
     buffer = io.BytesIO()
     torch.export.save(exported, buffer, extra_files=properties)
     return buffer.getvalue()
-
-
-def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    """A function that runs the file in onnxruntime: uint8 (N, 32, 32, 3) to probabilities (N, 100)."""
-    from onnxruntime import InferenceSession, SessionOptions
-
-    options = SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # else it pins threads to cores, which containers refuse
-    session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
 
 
 def check_images(dataset: str, data_dir: str) -> tuple[Tensor, str]:
@@ -96,10 +79,10 @@ def check(run: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, wha
     return result
 
 
-def export(path: Path, source: Path, data_dir: str = Config.data_dir) -> str:
-    """Write the file and check it. Returns what was written and checked, in two lines. Raises UserError."""
+def export(path: Path, source: Path, data_dir: str = Config.data_dir, int8: bool = False) -> str:
+    """Write the file and check it. Returns what was written and checked, line by line. Raises UserError."""
     if onnx := path.suffix.lower() == ".onnx":
-        need_onnx()
+        quantize.need_onnx()
     model, about, labels = open_checkpoint(source)
     path.parent.mkdir(parents=True, exist_ok=True)
     properties = {name: str(value) for name, value in about.items()} | {"labels": json.dumps(labels)}
@@ -107,29 +90,60 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir) -> str:
     exported = torch.export.export(Deployed(model).eval(), (example,), dynamic_shapes=SHAPES)
     for node in exported.graph.nodes:
         node.meta.pop("stack_trace", None)  # names this machine's folders
+    if int8:  # an accuracy is the float32 model's
+        properties = {f"float32_{name}" if "accuracy" in name else name: text for name, text in properties.items()}
     content = (to_onnx if onnx else to_pt2)(exported, properties)
-    atomic_write(path, lambda file: file.write(content))
     try:
-        run = read_onnx(path) if onnx else torch.export.load(path).module()
-        result = check(run, model, *check_images(about["dataset"], data_dir))
+        if int8:
+            lines = write_int8(path, content, model, about["dataset"], data_dir)
+        else:
+            atomic_write(path, lambda file: file.write(content))
+            run = quantize.read_onnx(path) if onnx else torch.export.load(path).module()
+            lines = [f"Checked on {check(run, model, *check_images(about['dataset'], data_dir))}"]
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    return f"Exported {describe(about)} to {path}, {path.stat().st_size / 1e6:.1f} MB\nChecked on {result}"
+    return "\n".join([f"Exported {describe(about)} to {path}, {path.stat().st_size / 1e6:.1f} MB", *lines])
+
+
+def write_int8(path: Path, content: bytes, model: nn.Module, dataset: str, data_dir: str) -> list[str]:
+    """Quantise a float32 ONNX file to int8, write and check both, and grade them. Returns what was found."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "float32.onnx"
+        plain.write_bytes(content)
+        exact = quantize.read_onnx(plain)
+        small, calibrated = quantize.calibrated(plain, dataset, data_dir)
+    atomic_write(path, lambda file: file.write(small))
+    images, what = check_images(dataset, data_dir)
+    check(exact, model, images, what)
+    run = quantize.read_onnx(path)
+    checked = quantize.check(run, exact, images.permute(0, 2, 3, 1).contiguous(), what)
+    try:
+        before, after = quantize.grade({"float32": exact, "int8": run}, dataset, data_dir).values()
+        graded = f"Accuracy = {after:.2f} %, in float32 {before:.2f} %: {before - after:.2f} points lost"
+    except data.DataError:
+        graded = "Accuracy: not measured, as CIFAR-100 cannot be had"
+    return [f"In float32 it has {len(content) / 1e6:.1f} MB", calibrated, f"Checked on {checked}", graded]
 
 
 @program("tools.export")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, help="to write: NAME.onnx or NAME.pt2")
+    parser.add_argument(
+        "--int8", action="store_true", help="quantise NAME.onnx: a third of the size, and less accurate"
+    )
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
     arguments = parser.parse_args(argv)
     if arguments.file.suffix.lower() not in (".onnx", ".pt2"):
         parser.error(f"{arguments.file} must end in .onnx or .pt2")
+    if arguments.int8 and arguments.file.suffix.lower() != ".onnx":
+        parser.error(f"--int8 needs a file that ends in .onnx, not {arguments.file}")
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # torch.export's chatter; errors are printed
-    print(export(arguments.file, arguments.checkpoint or default_checkpoint(), arguments.data_dir))
+    source = arguments.checkpoint or default_checkpoint()
+    print(export(arguments.file, source, arguments.data_dir, arguments.int8))
     return 0
 
 

@@ -77,6 +77,14 @@ def results_page(records: Records, logs: Logs) -> str:
     return TEMPLATE.read_text().format_map(fields)
 
 
+def int8_table(result: dict[str, Any]) -> str:
+    """What tools/export.py printed of the shipped checkpoint's files."""
+    names = {"float32": "`model.onnx`, float32", "int8": "`model-int8.onnx`"}
+    rows = [[text, f"{result[k]['bytes'] / 1e6:.2f} MB", percent(result[k]["accuracy"])] for k, text in names.items()]
+    where = f"{result['machine']}, onnxruntime {result['onnxruntime']}, {result['date']}"
+    return f"On {where}:\n\n{tables.table('file | size | official test set', rows)}"
+
+
 def fill(path: Path, blocks: dict[str, str]) -> str:
     """The file's text with new lines between each pair of markers <!-- NAME --> and <!-- /NAME -->."""
     text = path.read_text()
@@ -100,8 +108,12 @@ def pages() -> tuple[dict[Path, str], Records]:
         "grade": tables.grade_lines(records),
         "sample": tables.sample_lines(logs["synthetic"]),
     }
-    benchmark = {"benchmark": tables.benchmark_table(read_json(RESULTS / "benchmark.json"))}
-    texts = {PAGE: results_page(records, logs), README: fill(README, readme), PERFORMANCE: fill(PERFORMANCE, benchmark)}
+    performance = {
+        "benchmark": tables.benchmark_table(read_json(RESULTS / "benchmark.json")),
+        "int8": int8_table(read_json(RESULTS / "int8.json")),
+    }
+    texts = {PAGE: results_page(records, logs), README: fill(README, readme)}
+    texts[PERFORMANCE] = fill(PERFORMANCE, performance)
     return texts, records
 
 
