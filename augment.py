@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from data import CLASSES, SIDE, Images, load_training, normalise
+from data import CLASSES, SIDE, DataError, Images, load_training, normalise
 
 SMALL_SIDE = 24  # pixels; an epoch of such images takes 0.6 of the time
 SEED_STRIDE = 1_000_003  # above any number of epochs, so that no two (seed, epoch) share their random numbers
@@ -166,10 +166,12 @@ class Loader:
     """Augmented batches of the training images, made on their device: iterating over it is one epoch.
 
     Order and augmentation follow from (seed, epoch). All batches have one size: the images that do not fill the last
-    one are left out, others in each epoch. `config` has the settings of config.Config that are read here.
+    one are left out, others in each epoch. `config` has the settings of config.Config that are read here. `part` is
+    what this process takes of each batch, where several train together.
     """
 
-    def __init__(self, train: Images, config: Any) -> None:
+    def __init__(self, train: Images, config: Any, part: slice = slice(None)) -> None:
+        self.part = part
         self.config, self.pixels, self.labels, self.epoch = config, pixel_table(train.images), train.labels, 0
         self.batch_size = min(config.batch_size, len(train.labels))
         self.mixers = []
@@ -196,7 +198,8 @@ class Loader:
     @property
     def view(self) -> str:
         """A name for the epoch's images: epochs of the same name have the same ones."""
-        return f"{self.repeated_epoch}-small" if self.small else f"{self.repeated_epoch}"
+        part = "" if self.part.step in (None, 1) else f"-part{self.part.start + 1}of{self.part.step}"
+        return f"{self.repeated_epoch}{'-small' * self.small}{part}"
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -209,7 +212,8 @@ class Loader:
         generator = Generator(self.labels.device).manual_seed(seed)
         order = torch.randperm(len(self.labels), device=self.labels.device, generator=generator)
         for index in order[: len(self) * self.batch_size].split(self.batch_size):
-            yield self.augment(index, generator)
+            images, labels = self.augment(index, generator)
+            yield images[self.part], labels[self.part]
 
     def augment(self, index: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """The images at `index` (N,): normalised floats (N, 3, 32, 32), and labels (N,) or, mixed, targets (N, 100)."""
@@ -227,9 +231,15 @@ class Loader:
         return images, labels
 
 
-def build_loader(config: Any, device: torch.device) -> tuple[Loader, Images]:
-    """The loader of a run's training images, and its validation images, on the device. Raises DataError."""
+def build_loader(config: Any, device: torch.device, rank: int = 0, processes: int = 1) -> tuple[Loader, Images]:
+    """The loader of a run's training images, and its validation images, on the device. Raises DataError.
+
+    Each of several processes makes the same batches and takes every so many-th image of them, from its rank on.
+    """
     train, validation = load_training(
         config.dataset, config.data_dir, config.validation_per_class, config.images_per_class
     )
-    return Loader(train.to(device), config), validation.to(device)
+    loader = Loader(train.to(device), config, slice(rank, None, processes))
+    if loader.batch_size % processes:
+        raise DataError(f"{processes} processes cannot share batches of {loader.batch_size} images evenly. Change one")
+    return loader, validation.to(device)

@@ -1,4 +1,4 @@
-"""Checkpoints and run folders: plain types, written whole or not at all, opened without running code, digested."""
+"""Checkpoints and run folders: plain types, written whole, opened without running code; logs and their curves."""
 
 import csv
 import hashlib
@@ -8,13 +8,16 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from utils import History, UserError, atomic_write, one_line, provenance
+from utils import UserError, atomic_write, one_line, provenance
+
+History = list[dict[str, Any]]  # a dict an epoch with the columns of log.csv; None where nothing was measured
 
 FORMAT = 1
 BEST = Path("checkpoints/best.pth")  # the best of the latest training on this machine
@@ -22,6 +25,10 @@ PUBLISHED = Path("checkpoints/published.pth")
 MAX_BYTES = 2 * 2**30  # bytes unpacked; ours have 4 to 16 MB, a teacher of 100 M parameters 1.6 GB
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
            "images_per_second", "seconds")  # fmt: skip
+
+# Colours that colour-blind readers can tell apart (Okabe and Ito, 2008).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "os^Dvp*"
 
 
 class CheckpointError(UserError):
@@ -139,9 +146,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def save_epoch(
-    folder: Path, settings: dict[str, Any], history: History, state: dict[str, Any], best: dict[str, Tensor] | None
-) -> None:
-    """Write last.pth, log.csv and, where `best` gives its weights, best.pth.
+    folder: Path, settings: dict[str, Any], history: History, state: dict[str, Any], weights: dict[str, Tensor]
+) -> bool:
+    """Write last.pth, log.csv and, where the epoch is the best or the last unvalidated one, best.pth; whether it was.
 
     last.pth, from which a run goes on, comes after best.pth: a run killed between them repeats the epoch and writes
     the same best.pth again.
@@ -153,17 +160,33 @@ def save_epoch(
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         **provenance(settings["device"]),
     }
-    if best is not None:
-        save(folder / "best.pth", common | {"weights": best})
+    validated = history[-1]["validation_accuracy"] is not None
+    best = best_row(history) is history[-1] if validated else len(history) == settings["epochs"]
+    if best:
+        save(folder / "best.pth", common | {"weights": weights})
     save(folder / "last.pth", common | {"state": state, "history": history})
     write_log(folder / "log.csv", history)
+    return best
 
 
-def update_best(folder: Path) -> None:
-    """Copy a run's best weights to checkpoints/best.pth, which is graded next."""
-    BEST.parent.mkdir(exist_ok=True)
-    content = (folder / "best.pth").read_bytes()
-    atomic_write(BEST, lambda file: file.write(content))
+def save_logits(path: Path, logits: Tensor) -> None:
+    """Keep a teacher's logits of an epoch, (batches, N, 100)."""
+    save(path, {"logits": logits})
+
+
+def load_logits(path: Path) -> Tensor | None:
+    """The logits that `save_logits` wrote; None where there are none, or the file is damaged: they are made again."""
+    try:
+        return load(path)["logits"]
+    except CheckpointError:
+        return None
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a checkpoint, whole or not at all."""
+    target.parent.mkdir(exist_ok=True)
+    content = source.read_bytes()
+    atomic_write(target, lambda file: file.write(content))
 
 
 def write_log(path: Path, history: History) -> None:
@@ -173,3 +196,39 @@ def write_log(path: Path, history: History) -> None:
     writer.writeheader()
     writer.writerows(history)
     atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def best_row(history: History) -> dict[str, Any]:
+    """The first row of the best validation accuracy; the last row where nothing was validated."""
+    if history[0]["validation_accuracy"] is None:
+        return history[-1]
+    return max(history, key=lambda row: row["validation_accuracy"])
+
+
+def draw_curves(runs: dict[str, History], path: Path) -> None:
+    """Write a PNG, 900 pixels wide: loss and accuracy over epochs, train dashed and validation solid.
+
+    Each run has a colour, and a marker at its best epoch. Raises UserError where it cannot be written.
+    """
+    from matplotlib.figure import Figure  # here, as its import takes a second
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    if len(runs) > 1:
+        figure.suptitle("train dashed, validation solid, its best epoch marked", fontsize=11)
+    for axes, name, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy", "%"), strict=True):
+        axes.set(xlabel="epoch", ylabel=f"{name} ({unit})")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.2)
+        for (run, history), colour, marker in zip(runs.items(), cycle(COLOURS), cycle(MARKERS)):
+            epochs, best = [row["epoch"] for row in history], best_row(history)
+            dots = "." if len(history) == 1 else ""  # a line of one point cannot be seen
+            validated = best["validation_accuracy"] is not None
+            train, label = [row[f"train_{name}"] for row in history], f"{run}: train"
+            hidden = validated and len(runs) > 1  # the heading says what is dashed
+            axes.plot(epochs, train, f"{dots}--", color=colour, linewidth=1, label=None if hidden else label)
+            if validated:
+                validation = [row[f"validation_{name}"] for row in history]
+                axes.plot(epochs, validation, color=colour, label=f"{run}: validation, best in epoch {best['epoch']}")
+                axes.plot(best["epoch"], best[f"validation_{name}"], marker, color=colour)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))

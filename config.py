@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 import textwrap
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -154,6 +154,16 @@ def restore(stored: dict[str, Any]) -> Config:
     if unknown := sorted(stored.keys() - {f.name for f in fields(Config)}):
         raise ValueError(f"written by a newer version of this program, which has {', '.join(unknown)}")
     return Config(**{f.name: f.metadata["base"] for f in fields(Config)} | stored)
+
+
+def resume(stored: dict[str, Any], given: dict[str, Any]) -> Config:
+    """The settings that a run wrote, with the given ones of MACHINE. Raises ValueError where another one differs."""
+    config = restore(stored)
+    changed = {name: value for name, value in given.items() if getattr(config, name) != value}
+    if differing := changed.keys() - MACHINE:
+        text = ", ".join(f"{name} {getattr(config, name)} (now {given[name]})" for name in sorted(differing))
+        raise ValueError(f"it was started with other settings: {text}")
+    return replace(config, **changed)
 
 
 def describe_presets() -> str:

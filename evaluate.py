@@ -1,6 +1,5 @@
 """Grade a checkpoint: operations, size, and accuracy on the official test set."""
 
-import contextlib
 import copy
 import json
 import os
@@ -21,7 +20,7 @@ import checkpoint
 from config import Config, OneLineParser, restore
 from data import SIDE, load_test, normalise
 from model import build_model
-from utils import choose_device, keep_freed_memory, program
+from utils import choose_device, keep_freed_memory, processes, program
 
 Labelled = tuple[Tensor, Tensor]  # uint8 images (N, 3, 32, 32) and labels (N,), such as data.Images
 BATCH_SIZE = 100  # images a forward pass; the figures do not depend on it
@@ -33,6 +32,30 @@ class Scores(NamedTuple):
     loss: float
     top1: float
     top5: float
+
+
+class Meter:
+    """Mean loss and accuracy of an epoch. The sums stay on the device until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums, self.count = torch.zeros(2, device=device), 0
+
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch; of mixed targets (N, 100) the larger part counts as the label."""
+        labels = labels if labels.ndim == 1 else labels.argmax(1)
+        self.sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        self.count += len(labels)
+
+    def gather(self) -> None:
+        """Add the sums of all processes."""
+        if processes() > 1:
+            torch.distributed.all_reduce(self.sums)
+            self.count *= processes()
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss and accuracy in percent; waits for the device."""
+        loss, accuracy = (self.sums / self.count).tolist()
+        return loss, 100 * accuracy
 
 
 def evaluate(model: nn.Module, labelled: Labelled, batch_size: int = BATCH_SIZE) -> Scores:
@@ -94,52 +117,6 @@ def load_model(content: dict[str, Any], path: Path) -> nn.Module:
     except (KeyError, RuntimeError) as error:
         raise checkpoint.CheckpointError(f"{path} holds no weights of this model. Give another checkpoint") from error
     return model.eval()
-
-
-class Teacher:
-    """A model in eval mode whose logits another one learns, in bfloat16 where the device is faster in it.
-
-    It sees the same view of each image as the student (consistent teaching: Beyer et al., 2022). A run keeps a copy of
-    it. A run may also keep its logits of each view as float16, 10 MB for 50,000 images, and read them when the view
-    comes again: such an epoch costs what it costs without a teacher.
-    """
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.content, self.device = checkpoint.load(path), device
-        self.model = load_model(self.content, path).to(device, memory_format=torch.channels_last)
-        self.fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        self.folder, self.known, self.new = None, None, []
-
-    def keep(self, folder: Path, logits: bool) -> None:
-        """Copy the teacher into a run's folder as teacher.pth, and from now on keep its logits there, if asked to."""
-        if not (folder / "teacher.pth").exists():
-            checkpoint.save(folder / "teacher.pth", self.content)
-        self.folder = folder if logits else None
-
-    def start_view(self, name: str) -> None:
-        """Begin an epoch with the view of that name."""
-        self.known, self.new = None, []
-        if self.folder is not None:
-            self.path = self.folder / f"logits-{name}.pth"
-            if self.path.exists():
-                with contextlib.suppress(checkpoint.CheckpointError):  # a damaged file is made again
-                    self.known = iter(checkpoint.load(self.path)["logits"].to(self.device))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits (N, 100), float32, for the normalised images (N, 3, H, W) of the view's next batch."""
-        if self.known is not None:
-            return next(self.known).float()
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.fast):
-            outputs = self.model(images).half()
-        outputs = outputs.clone()  # outside of inference mode, so that a loss can save it for its gradient
-        if self.folder is not None:
-            self.new.append(outputs)
-        return outputs.float()
-
-    def end_view(self) -> None:
-        """Keep the logits of the epoch that has ended."""
-        if self.new:
-            checkpoint.save(self.path, {"logits": torch.stack(self.new)})
 
 
 def default_checkpoint() -> Path:

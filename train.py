@@ -5,22 +5,25 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or OpenMP's idle threads take the cores from other processes
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import utils
 from augment import Loader, build_loader
-from config import MACHINE, Config, changes, parse_command_line, restore
-from evaluate import Labelled, Teacher, evaluate
+from checkpoint import History
+from config import Config, changes, parse_command_line, resume
+from evaluate import Labelled, Meter, evaluate, load_model
 from model import build_model, load_weights
-from optim import EMA, Criterion, build_criterion, build_optimizer, build_scheduler
-from utils import History, Meter, UserError, program, progress_bar
+from optim import EMA, Criterion, Teacher, build_criterion, build_optimizer, build_scheduler
+from utils import UserError, program, progress_bar
 
 
 class TrainState:
@@ -30,26 +33,21 @@ class TrainState:
         torch.manual_seed(config.seed)
         self.config, self.device = config, device
         resumed = folder is not None and (folder / "last.pth").exists()
-        try:
-            model = build_model(config.model, config.dropout, config.image_size, config.pretrained and not resumed)
-            if config.weights != "none" and not resumed:  # a resumed run has its own
-                taken, count = load_weights(model, checkpoint.read_weights(Path(config.weights)))
-                print(f"Starting from {config.weights}: {taken} of the model's {count} tensors")
-        except ValueError as error:
-            raise UserError(f"the model cannot be made: {error}") from error
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = new_model(config, resumed).to(device, memory_format=torch.channels_last)
+        self.forward = DistributedDataParallel(self.model) if utils.processes() > 1 else self.model
         cuda = device.type == "cuda"
-        mode = "reduce-overhead" if cuda else "default"  # CUDA graphs on a GPU
-        self.forward = torch.compile(self.model, dynamic=False, mode=mode) if config.compile else self.model
+        if config.compile:  # with CUDA graphs on a GPU
+            self.forward = torch.compile(self.forward, dynamic=False, mode="reduce-overhead" if cuda else "default")
         self.ema = EMA(self.model, config.ema) if config.ema else None
         self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_scheduler(config, self.optimizer)
         dtype = torch.bfloat16 if not cuda or torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
         self.autocast = torch.autocast(device.type, dtype=dtype, enabled=cuda)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cuda and dtype is torch.float16)
-        self.teacher = None
+        self.teacher: Teacher | None = None
         if config.teacher != "none":
-            self.teacher = Teacher(folder / "teacher.pth" if resumed else Path(config.teacher), device)
+            path = folder / "teacher.pth" if resumed else Path(config.teacher)
+            self.teacher = Teacher(load_model(checkpoint.load(path), path), device)
         self.history: History = []
 
     @property
@@ -74,6 +72,18 @@ class TrainState:
         self.history = content["history"]
 
 
+def new_model(config: Config, resumed: bool) -> torch.nn.Module:
+    """The model that a run starts from; a resumed one takes its weights from last.pth. Raises UserError."""
+    try:
+        model = build_model(config.model, config.dropout, config.image_size, config.pretrained and not resumed)
+        if config.weights != "none" and not resumed:
+            taken, count = load_weights(model, checkpoint.read_weights(Path(config.weights)))
+            print(f"Starting from {config.weights}: {taken} of the model's {count} tensors")
+    except ValueError as error:
+        raise UserError(f"the model cannot be made: {error}") from error
+    return model
+
+
 def train_one_epoch(state: TrainState, loader: Loader, criterion: Criterion) -> Meter:
     """Train on one epoch of the loader; its loss and accuracy."""
     meter = Meter(state.device)
@@ -89,59 +99,62 @@ def train_one_epoch(state: TrainState, loader: Loader, criterion: Criterion) -> 
         if state.ema is not None:
             state.ema.update()
         meter.update(loss, logits, labels)  # stays on the device
+    meter.gather()
     return meter
 
 
-def check_finite(state: TrainState, loss: float, rate: float) -> None:
+def check_finite(state: TrainState, loss: float, epoch: int) -> None:
     """Raise UserError where the epoch's loss or a weight is NaN or infinite."""
     finite = torch.stack([value.isfinite().all() for value in state.eval_model.state_dict().values()]).all()
     if not (math.isfinite(loss) and finite):
         raise UserError(
-            f"the loss or a weight is not finite in epoch {len(state.history) + 1} at learning rate {rate:g}: training "
-            "stops, and the checkpoints of earlier epochs stay as they are. Try a lower lr"
+            f"the loss or a weight is not finite in epoch {epoch} at learning rate "
+            f"{state.scheduler.get_last_lr()[0]:g}: training stops, and the checkpoints of earlier epochs stay as they "
+            "are. Try a lower lr"
         )
 
 
 def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Labelled, folder: Path) -> None:
-    """Train the epochs that are left; after each, print its lines and write the run folder's files."""
-    config, drawn = state.config, time.monotonic()
-    validated = config.validation_per_class > 0
-    writer = utils.open_tensorboard(folder, len(state.history) + 1) if config.tensorboard else None
+    """Train the epochs that are left; after each, the first process prints its lines and writes the run's files."""
+    config, first, drawn = state.config, utils.rank() == 0, time.monotonic()
+    to_tensorboard = utils.open_tensorboard(folder, len(state.history) + 1) if config.tensorboard and first else None
     for epoch in range(len(state.history) + 1, config.epochs + 1):
         print(f"Epoch {epoch}/{config.epochs}")
-        start, rate = time.perf_counter(), state.scheduler.get_last_lr()[0]
+        start = time.perf_counter()
         loader.set_epoch(epoch - 1)
         if state.teacher is not None:
-            state.teacher.start_view(loader.view)
+            path = folder / f"logits-{loader.view}.pth"
+            known = checkpoint.load_logits(path) if config.teacher_views else None
+            state.teacher.start_epoch(known)
         meter = train_one_epoch(state, loader, criterion)
-        if state.teacher is not None:
-            state.teacher.end_view()
+        if state.teacher is not None and config.teacher_views and known is None:
+            checkpoint.save_logits(path, torch.stack(state.teacher.made))
         loss, accuracy = meter.read()
         speed = meter.count / (time.perf_counter() - start)
-        check_finite(state, loss, rate)
-        print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
+        check_finite(state, loss, epoch)
         row = dict.fromkeys(checkpoint.COLUMNS)
-        row.update(epoch=epoch, lr=rate, train_loss=loss, train_accuracy=accuracy, images_per_second=speed)
-        if validated:
+        row.update(epoch=epoch, lr=state.scheduler.get_last_lr()[0], train_loss=loss, train_accuracy=accuracy)
+        state.scheduler.step()
+        if not first:
+            continue
+        print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
+        if config.validation_per_class:
             scores = evaluate(state.eval_model, validation)
             print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
             row.update(validation_loss=scores.loss, validation_accuracy=scores.top1)
-        state.history.append(row | {"seconds": time.perf_counter() - start})
-        for name, value in state.history[-1].items() if writer else ():
-            if value is not None:
-                writer.add_scalar(name, value, epoch)
-        state.scheduler.step()
-        better = utils.best_row(state.history) is state.history[-1] if validated else epoch == config.epochs
-        weights = state.eval_model.state_dict() if better else None
+        state.history.append(row | {"images_per_second": speed, "seconds": time.perf_counter() - start})
         parts = {name: part.state_dict() for name, part in state.parts().items()}
-        checkpoint.save_epoch(folder, asdict(config), state.history, parts, weights)
-        if better and updates_best(config):
-            checkpoint.update_best(folder)
-        if better and validated:
+        weights = state.eval_model.state_dict()
+        best = checkpoint.save_epoch(folder, asdict(config), state.history, parts, weights)
+        if best and updates_best(config):
+            checkpoint.copy(folder / "best.pth", checkpoint.BEST)
+        if best and config.validation_per_class:
             print("Saved Best Model")
+        if to_tensorboard:
+            to_tensorboard(state.history[-1])
         print(f"Learning Rate: {state.scheduler.get_last_lr()[0]:.6f}", flush=True)
         if time.monotonic() - drawn > 60:  # drawing takes half a second
-            utils.draw_curves({folder.name: state.history}, folder / "curves.png")
+            checkpoint.draw_curves({folder.name: state.history}, folder / "curves.png")
             drawn = time.monotonic()
 
 
@@ -149,31 +162,29 @@ def train(config: Config, folder: Path | None = None) -> Path:
     """Train, or go on with the run in `folder`; the run's folder. Raises UserError.
 
     On Ctrl-C and SIGTERM it prints how to go on and raises KeyboardInterrupt: the epoch under way is repeated then.
+    With several processes, of which each has called this, the first writes the files.
     """
     try:
-        device = utils.choose_device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
-            torch.use_deterministic_algorithms(True)
-        loader, validation = build_loader(config, device)
+        device = utils.set_up_torch(config.device, config.threads, config.deterministic)
+        loader, validation = build_loader(config, device, utils.rank(), utils.processes())
         state = TrainState(config, device, folder)
         if folder is None:
             name = config.experiment + "-synthetic" * (config.dataset == "synthetic")
-            folder = checkpoint.new_run(config.runs_dir, name, asdict(config))
-        with utils.locked(folder):
-            utils.remove_partial(folder)
+            folder = utils.from_first(lambda: checkpoint.new_run(config.runs_dir, name, asdict(config)))
+        with utils.locked(folder) if utils.rank() == 0 else nullcontext():
             if (folder / "last.pth").exists():
                 state.load(checkpoint.load(folder / "last.pth"), folder)
-            if state.teacher is not None:
-                state.teacher.keep(folder, logits=config.teacher_views > 0)
+            if utils.rank() == 0:
+                utils.remove_partial(folder)
+                if state.teacher is not None and not (folder / "teacher.pth").exists():
+                    checkpoint.copy(Path(config.teacher), folder / "teacher.pth")
             announce(state, len(loader.labels), folder)
             fit(state, loader, build_criterion(config, state.teacher), validation, folder)
-            checkpoint.write_log(folder / "log.csv", state.history)  # again: a crash may have come before it
-            utils.draw_curves({folder.name: state.history}, folder / "curves.png")
-            if updates_best(config):
-                checkpoint.update_best(folder)  # another run may have written its own meanwhile
+            if utils.rank() == 0:  # again, as a crash may have come before it, or another run after it
+                checkpoint.write_log(folder / "log.csv", state.history)
+                checkpoint.draw_curves({folder.name: state.history}, folder / "curves.png")
+                if updates_best(config):
+                    checkpoint.copy(folder / "best.pth", checkpoint.BEST)
     except KeyboardInterrupt:
         go_on = f"Go on with: python train.py --resume {shlex.quote(str(folder))}"
         print(f"\nStopped. {go_on}" if folder else "\nStopped before any step", flush=True)
@@ -214,19 +225,11 @@ def summary(folder: Path, config: Config) -> str:
 
 
 def resumed_config(folder: Path, given: dict[str, Any]) -> Config:
-    """The settings of the run in `folder`, with the given ones that say how to run (config.MACHINE).
-
-    Raises UserError where another given setting differs from the run's.
-    """
+    """The settings of the run in `folder`, with the given ones of config.MACHINE. Raises UserError."""
     try:
-        config = restore(checkpoint.read_settings(folder))
-        config = replace(config, **{name: given[name] for name in MACHINE & given.keys()})
+        return resume(checkpoint.read_settings(folder), given)
     except ValueError as error:
         raise UserError(f"{folder} cannot go on: {error}") from error
-    run = {name: getattr(config, name) for name in given}
-    if differing := [f"{name} {run[name]} (now {value})" for name, value in given.items() if run[name] != value]:
-        raise UserError(f"{folder} was started with other settings: {', '.join(differing)}")
-    return config
 
 
 @program("train.py")
@@ -236,7 +239,10 @@ def main(argv: list[str] | None = None) -> int:
     utils.stop_on_signals()
     utils.keep_freed_memory()
     config = resumed_config(arguments.resume, arguments.given) if arguments.resume else arguments.config
-    print(summary(train(config, arguments.resume), config))
+    with utils.process_group():
+        folder = train(config, arguments.resume)
+        if utils.rank() == 0:
+            print(summary(folder, config))
     return 0
 
 

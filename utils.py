@@ -1,8 +1,9 @@
-"""Small helpers that every program needs: one-line errors, whole files, locks, the device, the loss curves."""
+"""Small helpers that every program needs: one-line errors, whole files, locks, the device, several processes."""
 
 import ctypes
 import errno
 import functools
+import io
 import os
 import platform
 import re
@@ -11,20 +12,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from itertools import cycle
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 from tqdm import tqdm
-
-History = list[dict[str, Any]]  # a dict an epoch with the columns of log.csv; None where nothing was measured
-
-# Colours that colour-blind readers can tell apart (Okabe and Ito, 2008).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "os^Dvp*"
 
 
 class UserError(Exception):
@@ -130,11 +124,64 @@ def remove_partial(folder: Path, name: str = "") -> None:
         path.unlink()
 
 
+def processes() -> int:
+    """How many processes train together: those that torchrun started, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them; 0 is the one that prints, draws and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What the first process makes, in all of them."""
+    made = [make() if rank() == 0 else None]
+    if processes() > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the other processes that torchrun started, where it did; only the first one prints then.
+
+    Raises UserError in the first where another one ends before its time; torchrun itself names the one that did.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with redirect_stdout(io.StringIO() if rank() else sys.stdout):
+            yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        if rank():
+            sys.exit(1)
+        raise UserError("another process of this run has ended. Go on with --resume") from error
+    finally:
+        dist.destroy_process_group()
+
+
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is any, else the CPU. Raises UserError."""
     if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise UserError(f"{name} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Try --device cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def set_up_torch(device: str, threads: int, deterministic: bool) -> torch.device:
+    """Set the number of CPU threads (0: torch's choice) and whether to ask for deterministic kernels; the device."""
+    if threads:
+        torch.set_num_threads(threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
+        torch.use_deterministic_algorithms(True)
+    return choose_device(device)
 
 
 @functools.cache
@@ -172,75 +219,28 @@ def keep_freed_memory() -> None:
     mallopt(m_arena_max, 1)
 
 
-def open_tensorboard(folder: Path, epoch: int) -> Any:
-    """A torch.utils.tensorboard.SummaryWriter that goes on with `epoch`. Raises UserError."""
+def open_tensorboard(folder: Path, epoch: int) -> Callable[[dict[str, Any]], None]:
+    """A function that writes a row of the log to the folder for TensorBoard, from `epoch` on. Raises UserError."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--tensorboard needs tensorboard. Run: pip install -r requirements-tools.txt") from error
-    return SummaryWriter(str(folder), purge_step=epoch, flush_secs=10)
+    writer = SummaryWriter(str(folder), purge_step=epoch, flush_secs=10)
+
+    def add(row: dict[str, Any]) -> None:
+        for name in row.keys() - {"epoch"}:
+            if row[name] is not None:
+                writer.add_scalar(name, row[name], row["epoch"])
+
+    return add
 
 
-def best_row(history: History) -> dict[str, Any]:
-    """The first row of the best validation accuracy; the last row where nothing was validated."""
-    if history[0]["validation_accuracy"] is None:
-        return history[-1]
-    return max(history, key=lambda row: row["validation_accuracy"])
-
-
-def draw_curves(runs: dict[str, History], path: Path) -> None:
-    """Write a PNG, 900 pixels wide: loss and accuracy over epochs, train dashed and validation solid.
-
-    Each run has a colour, and a marker at its best epoch. Raises UserError where it cannot be written.
-    """
-    from matplotlib.figure import Figure  # here, as its import takes a second
-
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    if len(runs) > 1:
-        figure.suptitle("train dashed, validation solid, its best epoch marked", fontsize=11)
-    for axes, name, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy", "%"), strict=True):
-        axes.set(xlabel="epoch", ylabel=f"{name} ({unit})")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.2)
-        for (run, history), colour, marker in zip(runs.items(), cycle(COLOURS), cycle(MARKERS)):
-            epochs, best = [row["epoch"] for row in history], best_row(history)
-            dots = "." if len(history) == 1 else ""  # a line of one point cannot be seen
-            validated = best["validation_accuracy"] is not None
-            train, label = [row[f"train_{name}"] for row in history], f"{run}: train"
-            hidden = validated and len(runs) > 1  # the heading says what is dashed
-            axes.plot(epochs, train, f"{dots}--", color=colour, linewidth=1, label=None if hidden else label)
-            if validated:
-                validation = [row[f"validation_{name}"] for row in history]
-                axes.plot(epochs, validation, color=colour, label=f"{run}: validation, best in epoch {best['epoch']}")
-                axes.plot(best["epoch"], best[f"validation_{name}"], marker, color=colour)
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
-
-
-class Meter:
-    """Mean loss and accuracy of an epoch. The sums stay on the device until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums, self.count = torch.zeros(2, device=device), 0
-
-    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch; of mixed targets (N, 100) the larger part counts as the label."""
-        labels = labels if labels.ndim == 1 else labels.argmax(1)
-        self.sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
-        self.count += len(labels)
-
-    def read(self) -> tuple[float, float]:
-        """Mean loss and accuracy in percent; waits for the device."""
-        loss, accuracy = (self.sums / self.count).tolist()
-        return loss, 100 * accuracy
-
-
-def progress_bar(loader: Any, meter: Meter) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches, under a bar with loss, accuracy and the time left; on a terminal only."""
-    total = len(loader) * loader.batch_size
-    with tqdm(total=total, unit=" images", disable=None, leave=False, mininterval=0.5) as bar:
+def progress_bar(loader: Any, meter: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The loader's batches; on a terminal, the first process shows what evaluate.Meter has, and the time left."""
+    total, disable = len(loader) * loader.batch_size, True if rank() else None
+    with tqdm(total=total, unit=" images", disable=disable, leave=False, mininterval=0.5) as bar:
         for images, labels in loader:
             yield images, labels
-            if bar.update(len(labels)):  # the bar was drawn: twice a second, as reading waits for the device
+            if bar.update(loader.batch_size):  # the bar was drawn: twice a second, as reading waits for the device
                 loss, accuracy = meter.read()
                 bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}%", refresh=False)

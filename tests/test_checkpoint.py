@@ -132,3 +132,9 @@ def test_a_failed_write_leaves_the_old_file(path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == good
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_best_row_is_the_first_of_the_best() -> None:
+    history = [{"epoch": i, "validation_accuracy": value} for i, value in enumerate((1.0, 3.0, 3.0, 2.0))]
+    assert checkpoint.best_row(history)["epoch"] == 1
+    assert checkpoint.best_row([row | {"validation_accuracy": None} for row in history])["epoch"] == 3

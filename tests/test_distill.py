@@ -90,7 +90,7 @@ def test_the_teacher_sees_the_students_view(tiny: Config, teacher: Path, monkeyp
     state = train.TrainState(config, CPU)
     seen = []
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    state.teacher = evaluate.Teacher(teacher, CPU)
+    state.teacher = load_teacher(teacher)
     monkeypatch.setattr(state.teacher.model, "forward", lambda x: seen.append(x) or torch.zeros(len(x), 100))
     state.forward = lambda x: seen.append(x) or state.model(x)
     train.train_one_epoch(state, build_loader(config, CPU)[0], train.build_criterion(config, state.teacher))
@@ -105,9 +105,13 @@ def test_a_teacher_gives_the_logits_of_its_model(
     expected = model.eval()(images).detach()
     for fast, tolerance in ((False, 1e-2), (True, 0.3)):  # of half precision, and of bfloat16
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
-        outputs = evaluate.Teacher(teacher, CPU)(images)
+        outputs = load_teacher(teacher)(images)
         assert outputs.dtype == torch.float32 and not outputs.requires_grad
         assert (outputs - expected).abs().max() < tolerance * expected.std()
+
+
+def load_teacher(path: Path) -> optim.Teacher:
+    return optim.Teacher(evaluate.load_model(checkpoint.load(path), path), CPU)
 
 
 def end_state(folder: Path) -> str:
@@ -146,18 +150,18 @@ def test_kept_logits_give_the_same_weights_without_computing(
     """Two views: the teacher computes two epochs of four; a damaged file is made again."""
     config = replace(tiny, epochs=4, images_per_class=4, small_fraction=0.0, teacher=str(teacher), teacher_views=2)
     forwards = []
-    forward = evaluate.Teacher.__call__
+    forward = optim.Teacher.__call__
 
-    def counted(self: evaluate.Teacher, images: Tensor) -> Tensor:
+    def counted(self: optim.Teacher, images: Tensor) -> Tensor:
         forwards.append(self.known is None)
         return forward(self, images)
 
-    monkeypatch.setattr(evaluate.Teacher, "__call__", counted)
+    monkeypatch.setattr(optim.Teacher, "__call__", counted)
     folder = train.train(config)
     steps = len(forwards) // 4
     assert forwards == [True] * 2 * steps + [False] * 2 * steps
     first = end_state(folder)
-    monkeypatch.setattr(evaluate.Teacher, "end_view", lambda self: None)  # nothing is kept: all is computed
+    monkeypatch.setattr(checkpoint, "save_logits", lambda path, logits: None)  # nothing is kept: all is computed
     forwards.clear()
     assert end_state(train.train(config)) == first
     assert all(forwards)

@@ -219,7 +219,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (os, "replace", 3, 0),
         (os, "replace", 4, 1),
         (checkpoint, "write_log", 3, 3),
-        (utils, "draw_curves", 1, 3),
+        (checkpoint, "draw_curves", 1, 3),
     ],
 )
 def test_resume_is_bit_exact_wherever_a_run_was_interrupted(
@@ -453,12 +453,12 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny: Config) 
 @pytest.mark.parametrize("broken", ["loss", "weight", "statistic"])
 def test_a_loss_or_weight_that_is_not_finite_stops_training(tiny: Config, broken: str) -> None:
     state = train.TrainState(tiny, torch.device("cpu"))
-    train.check_finite(state, 1.0, 0.1)
+    train.check_finite(state, 1.0, 1)
     if broken != "loss":
         name = {"weight": "classifier.bias", "statistic": "stem.1.running_var"}[broken]
         state.eval_model.state_dict()[name][3] = math.inf
     with pytest.raises(utils.UserError, match="not finite in epoch 1"):
-        train.check_finite(state, math.nan if broken == "loss" else 1.0, 0.1)
+        train.check_finite(state, math.nan if broken == "loss" else 1.0, 1)
 
 
 def test_a_device_that_is_not_there_is_one_line(

@@ -145,12 +145,6 @@ def test_only_a_held_lock_refuses_a_folder(number: int, tmp_path: Path, monkeypa
         assert held == [1]
 
 
-def test_best_row_is_the_first_of_the_best() -> None:
-    history = [{"epoch": i, "validation_accuracy": value} for i, value in enumerate((1.0, 3.0, 3.0, 2.0))]
-    assert utils.best_row(history)["epoch"] == 1
-    assert utils.best_row([row | {"validation_accuracy": None} for row in history])["epoch"] == 3
-
-
 def test_an_errors_text_has_no_line_breaks() -> None:
     assert utils.one_line(ValueError("two\n  lines")) == "two lines"
     assert utils.one_line(MemoryError()) == "MemoryError"

@@ -6,9 +6,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from checkpoint import COLUMNS, CheckpointError
+from checkpoint import COLUMNS, CheckpointError, History, best_row, draw_curves
 from config import OneLineParser, changes, restore
-from utils import History, best_row, draw_curves, program
+from utils import program
 
 
 def read_log(path: Path) -> History:

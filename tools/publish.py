@@ -18,9 +18,9 @@ import torch
 
 import data
 import evaluate
-from checkpoint import PUBLISHED, CheckpointError, load, save, write_log
+from checkpoint import PUBLISHED, CheckpointError, draw_curves, load, save, write_log
 from config import Config, OneLineParser, changes, restore
-from utils import UserError, atomic_write, choose_device, draw_curves, keep_freed_memory, one_line, program
+from utils import UserError, atomic_write, choose_device, keep_freed_memory, one_line, program
 
 DOCS = Path("docs")
 NOTES = {

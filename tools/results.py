@@ -8,11 +8,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from checkpoint import History, draw_curves
 from config import OneLineParser
 from tools import tables
 from tools.curves import read_log
 from tools.tables import EXPERIMENTS, Logs, Records, accuracy, percent, points
-from utils import History, UserError, atomic_write, draw_curves, one_line, program
+from utils import UserError, atomic_write, one_line, program
 
 RESULTS, LOGS = Path("docs/results"), Path("docs/logs")
 README, PERFORMANCE, PAGE = Path("README.md"), Path("docs/performance.md"), Path("docs/results.md")

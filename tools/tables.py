@@ -5,8 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from checkpoint import History
 from config import restore
-from utils import History
 
 EXPERIMENTS = tuple(f"result{number}" for number in range(1, 7))
 NOT_MEASURED = "not measured"
