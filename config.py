@@ -111,7 +111,8 @@ def check_value(f: Field, value: Any) -> None:
 
 # What each preset changes in the base recipe. Editing a default moves neither.
 # result1 to result6 are the experiments of the report: AdamW, learning rate 1e-2. Batch size, weight decay (given for
-# result5 only), no augmentation and the position of the dropout are assumed. scratch is the published checkpoint's.
+# result5 only), no augmentation and the position of the dropout are assumed. scratch is the published checkpoint's;
+# teacher fine-tunes a network that was trained on ImageNet.
 PRESETS: dict[str, dict[str, Any]] = {
     "result1": {"lr_step": 40},
     "result2": {},
@@ -124,6 +125,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_step": 0, "lr_gamma": 0.5, "warmup_epochs": 2, "label_smoothing": 0.1, "ema": 0.999, "flip": True,
         "crop_padding": 4, "crop_reflect": True, "trivial_augment": 1.0, "small_fraction": 0.5,
         "validation_per_class": 0,
+    },
+    "teacher": {
+        "model": "tf_efficientnet_lite0", "image_size": 128, "pretrained": True, "epochs": 8, "lr": 1e-3,
+        "weight_decay": 0.02, "decay_norms": False, "schedule": "cosine", "lr_step": 0, "lr_gamma": 0.5,
+        "warmup_epochs": 1, "ema": 0.998, "flip": True, "crop_padding": 4, "crop_reflect": True, "trivial_augment": 1.0,
     },
 }  # fmt: skip
 OLD_NAMES = {"mix_share": "mix_prob", "small_share": "small_fraction"}  # still read from older runs and checkpoints
