@@ -68,3 +68,21 @@ def log_rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "log.csv").open() as file:
         timing = ("seconds", "images_per_second")
         return [{name: cell for name, cell in row.items() if name not in timing} for row in csv.DictReader(file)]
+
+
+def made_up_latency(weights_sha256: str) -> dict[str, Any]:
+    """What docs/results/latency.json could hold: figures of no machine."""
+
+    def file(size: int, ms: float) -> dict[str, Any]:
+        threads = {"1": {"ms": ms, "images_per_second": 2000 / ms}, "8": {"ms": ms / 4, "images_per_second": 8000 / ms}}
+        return {"bytes": size, "threads": threads}
+
+    return {
+        "machine": "a box, 8 threads", "torch": "2.9", "onnxruntime": "1.30", "date": "2026-02-03",
+        "checkpoint": "any.pth", "weights_sha256": weights_sha256, "threads": 8, "batch_size": 64,
+        "files": {"torch": file(4_000_000, 8.0), "float32": file(3_900_000, 4.0), "int8": file(1_200_000, 2.0)},
+        "floor": {
+            "batch_size": 128, "operations": 8_000_000_000, "bytes": 2_000_000_000, "operations_per_second": 200e9,
+            "bytes_per_second": 20e9, "step_seconds": 0.21, "floor_seconds": 0.14, "times_floor": 1.5,
+        },
+    }  # fmt: skip

@@ -1,5 +1,6 @@
 """The report: its figures against values computed by hand, and a page that needs nothing but itself."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+import checkpoint
 import data
 import evaluate
 from synthetic import synthetic
-from tests.helpers import write_checkpoint
-from tools import labels, report
+from tests.helpers import made_up_latency, write_checkpoint
+from tools import labels, report, results
 
 
 def test_wilson_interval_equals_hand_computed_values() -> None:
@@ -92,6 +94,27 @@ def test_known_predictions_are_counted_right(monkeypatch: pytest.MonkeyPatch, mo
         "shape 0, texture 0 and shape 0, texture 1: 2",
         "shape 0, texture 0 and shape 9, texture 9: 1",
     ]
+
+
+def test_latency_is_shown_for_the_checkpoint_that_it_was_measured_on(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = data.Images(*synthetic(1, seed=0))
+    monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
+    monkeypatch.setattr(results, "LATENCY", tmp_path / "latency.json")
+    path = write_checkpoint(tmp_path / "any.pth", model, test={"accuracy": 1.0})
+
+    def page() -> str:
+        return report.render(report.compute(path))
+
+    assert "Latency" not in page()
+    results.LATENCY.write_text(json.dumps(made_up_latency(checkpoint.digest(model.state_dict()))))
+    assert page().count("<h2>Latency on a box, 8 threads, 2026-02-03 (synthetic)</h2>") == 1
+    cells = "".join(f"<td>{cell}</td>" for cell in ("1.20 MB", "2.00", "1,000", "0.50", "4,000"))
+    assert f'<th scope="row">int8 .onnx, onnxruntime</th>{cells}' in page()
+    model.classifier.bias.data[0] += 1
+    write_checkpoint(path, model)
+    assert "Latency" not in page()
 
 
 def test_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

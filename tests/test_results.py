@@ -10,6 +10,7 @@ import pytest
 
 import checkpoint
 from config import parse_command_line, preset
+from tests.helpers import made_up_latency
 from tools import results, tables
 
 
@@ -89,6 +90,39 @@ def test_a_page_without_its_markers_is_one_line(folder: Path, capsys: pytest.Cap
 def test_a_damaged_record_is_one_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
     Path("docs/results/others.json").write_text("[")
     assert "others.json is not JSON" in check_fails(capsys)
+
+
+def test_latency_is_written_where_it_was_measured(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    def block(name: str) -> list[str]:
+        _, _, rest = Path("docs/performance.md").read_text().partition(f"<!-- {name} -->\n")
+        return rest.partition(f"\n<!-- /{name} -->")[0].splitlines()
+
+    results.LATENCY.unlink(missing_ok=True)
+    assert results.main([]) == 0
+    assert block("latency") == block("floor") == ["not measured"]
+    results.LATENCY.write_text(json.dumps(made_up_latency("0123456789abcdef")))
+    assert "performance.md" in check_fails(capsys)
+    assert results.main([]) == 0
+    where, _, head, _, *rows = block("latency")
+    assert where.startswith("On a box, 8 threads, torch 2.9, onnxruntime 1.30, 2026-02-03; `any.pth`")
+    assert where.endswith("with 0123456789ab:")
+    assert head == (
+        "| file | size | ms an image at batch 1, 1 thread | images/s at batch 64, 1 thread "
+        "| ms an image at batch 1, 8 threads | images/s at batch 64, 8 threads |"
+    )
+    assert rows == [
+        "| checkpoint, torch | 4.00 MB | 8.00 | 250 | 2.00 | 1,000 |",
+        "| float32 .onnx, onnxruntime | 3.90 MB | 4.00 | 500 | 1.00 | 2,000 |",
+        "| int8 .onnx, onnxruntime | 1.20 MB | 2.00 | 1,000 | 0.50 | 4,000 |",
+    ]
+    assert block("floor") == [
+        "| a step of 128 images, 8 threads | work | rate | time |",
+        "| - | - | - | - |",
+        "| convolutions and linear layers | 8.0 G operations | 200 G/s, a matrix product | 40 ms |",
+        "| batch norms and activations | 2.00 GB | 20.0 GB/s, a copy | 100 ms |",
+        "| floor |  |  | 140 ms |",
+        "| measured |  | 1.5 times the floor | 210 ms |",
+    ]
 
 
 def test_fraction_by_hand() -> None:

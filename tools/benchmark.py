@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import data
 import train
@@ -85,8 +84,8 @@ def usual_loader(tuned: bool) -> torch.utils.data.DataLoader:
     if tuned:
         del transforms[-1]
         settings = {"num_workers": os.cpu_count(), "persistent_workers": True, "prefetch_factor": 4, "drop_last": True}
-    images.transform = T.Compose([*transforms, T.ToTensor(), T.Normalize(data.MEAN, data.STD)])
-    images.target_transform = None
+    transforms += [T.ToTensor(), T.Normalize(data.MEAN, data.STD)]
+    images.transform, images.target_transform = T.Compose(transforms), None
     return torch.utils.data.DataLoader(images, LIKE.batch_size, shuffle=True, **settings)
 
 
@@ -97,7 +96,7 @@ def plain_loop(tuned: bool) -> float:
     for images, labels in loader:
         optimizer.zero_grad()
         outputs = model(images)
-        loss = F.cross_entropy(outputs, labels)
+        loss = torch.nn.functional.cross_entropy(outputs, labels)
         loss.backward()
         optimizer.step()
         loss.item(), (outputs.argmax(1) == labels).sum().item()
@@ -157,8 +156,7 @@ def grading() -> dict[str, float]:
 
 def growth(images_per_class: int, epochs: int) -> dict[str, float]:
     """One short training of the program's own loop: images a class, epochs, seconds and peak memory."""
-    kept = images_per_class + LIKE.validation_per_class
-    config = replace(LIKE, images_per_class=kept, epochs=epochs)
+    config = replace(LIKE, images_per_class=images_per_class + LIKE.validation_per_class, epochs=epochs)
     loader, state = build_loader(config, CPU)[0], train.TrainState(config, CPU)
     start = time.perf_counter()
     for epoch in range(epochs):
@@ -202,7 +200,6 @@ def run() -> dict[str, Any]:
     rounds = [[measure(name) for name in ("plain", "tuned", "ours", "loader", "batches")] for _ in range(ROUNDS)]
     plain, tuned, ours, loader, batches = map(statistics.median, zip(*rounds, strict=True))
     graded = measure("grading")
-    rows = [measure(name) for name in PARTS if name.startswith("growth")]
     with tempfile.TemporaryDirectory() as folder:
         start = median_seconds(lambda: succeed("-c", START, "--runs_dir", folder))
     return {
@@ -218,7 +215,7 @@ def run() -> dict[str, Any]:
         "start_seconds": start,
         "help_seconds": median_seconds(lambda: succeed("train.py", "-h")),
         "peak_rss_mb": max(measure("memory") for _ in range(ROUNDS)),
-        "growth": rows,
+        "growth": [measure(name) for name in PARTS if name.startswith("growth")],
     }
 
 
@@ -226,6 +223,8 @@ def run() -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.benchmark", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--latency", action="store_true", help="time a checkpoint and its ONNX files instead")
+    parser.add_argument("--checkpoint", type=Path, help="for --latency, which it implies [checkpoints/published.pth]")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.part:
@@ -233,10 +232,15 @@ def main(argv: list[str] | None = None) -> int:
             keep_freed_memory()  # as train.py and evaluate.py do
         print(json.dumps(PARTS[arguments.part]()))
         return 0
-    result = run()
+    if arguments.latency or arguments.checkpoint:
+        from tools import latency  # here, as it would add 36 MiB to the peak memory of each part
+
+        result = latency.run(arguments.checkpoint)
+    else:
+        result = run()
     for name, value in result.items():
-        if name != "growth":
-            print(f"{name:28} {value if isinstance(value, int | str) else round(value, 2)}")
+        if not isinstance(value, dict | list):  # which have been printed
+            print(f"{name:28} {round(value, 2) if isinstance(value, float) else value}")
     if arguments.json:
         print(json.dumps(result))
     return 0

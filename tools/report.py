@@ -22,6 +22,7 @@ import data
 import evaluate
 from config import Config, OneLineParser
 from tools.labels import class_names, human, superclasses
+from tools.results import latency_section
 from utils import atomic_write, program
 
 PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>MobileNetV3 on $dataset</title>
@@ -75,6 +76,7 @@ class Results:
     operations: int
     size_kb: float
     stages: list[Stage]
+    latency: dict[str, list[list[str]]]  # title and cells; empty where not measured on this checkpoint
 
 
 def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -148,6 +150,7 @@ def compute(path: Path, data_dir: str = Config.data_dir) -> Results:
         operations=operations,
         size_kb=size_kb,
         stages=stages(model),
+        latency=latency_section(content["weights"]),
     )
 
 
@@ -164,6 +167,7 @@ def render(results: Results) -> str:
         "Most confident mistakes: true → predicted class, probability": gallery(results.mistakes[:SHOWN_MISTAKES]),
         f"Cost: {cost}": table(("stage", "output", "parameters", "bytes", "operations"), *results.stages, total),
     }
+    sections |= {title: table(*map(tuple, cells)) for title, cells in results.latency.items()}
     main = "".join(
         f'<h2>{title} ({results.dataset})</h2><div class="grid">{html}</div>' for title, html in sections.items()
     )

@@ -8,16 +8,22 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from checkpoint import History, draw_curves
+from checkpoint import History, digest, draw_curves
 from config import OneLineParser
 from tools import tables
 from tools.curves import read_log
-from tools.tables import EXPERIMENTS, Logs, Records, accuracy, percent, points
+from tools.tables import EXPERIMENTS, NOT_MEASURED, Logs, Records, accuracy, percent, points
 from utils import UserError, atomic_write, one_line, program
 
 RESULTS, LOGS = Path("docs/results"), Path("docs/logs")
 README, PERFORMANCE, PAGE = Path("README.md"), Path("docs/performance.md"), Path("docs/results.md")
+LATENCY = RESULTS / "latency.json"  # may be missing
 TEMPLATE = Path("docs/results.template.md")
+LATENCY_FILES = {  # in the order of the table
+    "torch": "checkpoint, torch",
+    "float32": "float32 .onnx, onnxruntime",
+    "int8": "int8 .onnx, onnxruntime",
+}
 EXPERIMENTS_FIGURE = Path("docs/curves/experiments.png")
 
 
@@ -86,6 +92,61 @@ def int8_table(result: dict[str, Any]) -> str:
     return f"On {where}:\n\n{tables.table('file | size | official test set', rows)}"
 
 
+def read_latency() -> dict[str, Any] | None:
+    """What `python -m tools.benchmark --latency` measured last, where that is kept. Raises UserError."""
+    return read_json(LATENCY) if LATENCY.exists() else None
+
+
+def latency_cells(result: dict[str, Any]) -> list[list[str]]:
+    """Head and rows: each file's size, ms an image at batch 1 and images/s of a batch, by the number of threads."""
+    cells = [["file", "size"]]
+    for count in result["files"]["torch"]["threads"]:
+        threads = f"{count} thread{'s' * (count != '1')}"
+        cells[0] += [f"ms an image at batch 1, {threads}", f"images/s at batch {result['batch_size']}, {threads}"]
+    for name, text in LATENCY_FILES.items():
+        file = result["files"][name]
+        cells.append([text, f"{file['bytes'] / 1e6:.2f} MB"])
+        for figures in file["threads"].values():
+            cells[-1] += [f"{figures['ms']:.2f}", f"{figures['images_per_second']:,.0f}"]
+    return cells
+
+
+def latency_table(result: dict[str, Any] | None) -> str:
+    """What tools/latency.py measured of a checkpoint and its ONNX files."""
+    if result is None:
+        return NOT_MEASURED
+    (head, *rows), weights = latency_cells(result), result["weights_sha256"][:12]
+    where = f"{result['machine']}, torch {result['torch']}, onnxruntime {result['onnxruntime']}, {result['date']}"
+    what = f"`{result['checkpoint']}`, whose weights' SHA-256 begins with {weights}"
+    return f"On {where}; {what}:\n\n{tables.table(' | '.join(head), rows)}"
+
+
+def latency_section(weights: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """A title and the cells of the latency table, or nothing where it was not measured on this state dict."""
+    result = read_latency()
+    if result is None or result["weights_sha256"] != digest(weights):
+        return {}
+    return {f"Latency on {result['machine']}, {result['date']}": latency_cells(result)}
+
+
+def floor_table(result: dict[str, Any] | None) -> str:
+    """What tools/latency.py measured of a training step, and the floor that it computed."""
+    if result is None:
+        return NOT_MEASURED
+    floor, giga = result["floor"], 1e9
+    times = [1000 * floor[name] / floor[f"{name}_per_second"] for name in ("operations", "bytes")]
+    rows = [
+        ["convolutions and linear layers", f"{floor['operations'] / giga:.1f} G operations",
+         f"{floor['operations_per_second'] / giga:.0f} G/s, a matrix product", f"{times[0]:.0f} ms"],
+        ["batch norms and activations", f"{floor['bytes'] / giga:.2f} GB",
+         f"{floor['bytes_per_second'] / giga:.1f} GB/s, a copy", f"{times[1]:.0f} ms"],
+        ["floor", None, None, f"{1000 * floor['floor_seconds']:.0f} ms"],
+        ["measured", None, f"{floor['times_floor']:.1f} times the floor", f"{1000 * floor['step_seconds']:.0f} ms"],
+    ]  # fmt: skip
+    step = f"a step of {floor['batch_size']} images, {result['threads']} threads"
+    return tables.table(f"{step} | work | rate | time", rows)
+
+
 def fill(path: Path, blocks: dict[str, str]) -> str:
     """The file's text with new lines between each pair of markers <!-- NAME --> and <!-- /NAME -->."""
     text = path.read_text()
@@ -112,6 +173,8 @@ def pages() -> tuple[dict[Path, str], Records]:
     performance = {
         "benchmark": tables.benchmark_table(read_json(RESULTS / "benchmark.json")),
         "int8": int8_table(read_json(RESULTS / "int8.json")),
+        "latency": latency_table(read_latency()),
+        "floor": floor_table(read_latency()),
     }
     texts = {PAGE: results_page(records, logs), README: fill(README, readme)}
     texts[PERFORMANCE] = fill(PERFORMANCE, performance)
