@@ -1,5 +1,6 @@
 """Latency: what is timed is the checkpoint's model, the figures agree with each other, the floor counts right."""
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from data import SIDE
 from model import BLOCKS, CLASSES, HEAD, STEM, MobileNetV3
 from synthetic import synthetic
 from tools import export, latency, quantize
+from tools.benchmark import PARTS
 from utils import UserError
 
 
@@ -101,6 +103,7 @@ def test_all_files_give_the_models_classes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(latency, "in_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(latency, "export", quick_export)
     monkeypatch.setattr(quantize, "CALIBRATION", 100)
+    monkeypatch.setattr(latency, "time_processes", lambda count: {"one": 1.0, "several": float(count)})
     monkeypatch.setattr(latency, "MATRIX", 64)
     monkeypatch.setattr(latency, "COPY", 2**20)
     threads = torch.get_num_threads()
@@ -117,6 +120,16 @@ def test_all_files_give_the_models_classes(tmp_path: Path, monkeypatch: pytest.M
     assert result["floor"]["times_floor"] > 0
     printed = capsys.readouterr().out
     assert "| int8 .onnx, onnxruntime | 1.23 MB |" in printed and "times the floor" in printed
+
+
+def test_processes_are_timed_on_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def succeed(*words: str) -> str:
+        assert words[-4:] == ("-m", "tools.benchmark", "--part", latency.PART) and latency.PART in PARTS
+        started = words[:5] == ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4")
+        return json.dumps({"images": 1_000, "seconds": 2.0 if started else 4.0})
+
+    monkeypatch.setattr(latency, "succeed", succeed)
+    assert latency.time_processes(4) == {"one": 250, "several": 500}
 
 
 def by_hand() -> tuple[int, int]:

@@ -100,6 +100,7 @@ def test_latency_is_written_where_it_was_measured(folder: Path, capsys: pytest.C
     results.LATENCY.unlink(missing_ok=True)
     assert results.main([]) == 0
     assert block("latency") == block("floor") == ["not measured"]
+    assert block("processes") == ["Speed: not measured."]
     results.LATENCY.write_text(json.dumps(made_up_latency("0123456789abcdef")))
     assert "performance.md" in check_fails(capsys)
     assert results.main([]) == 0
@@ -123,6 +124,10 @@ def test_latency_is_written_where_it_was_measured(folder: Path, capsys: pytest.C
         "| floor |  |  | 140 ms |",
         "| measured |  | 1.5 times the floor | 210 ms |",
     ]
+    (line,) = block("processes")
+    assert line == (
+        "On a box, 8 processes of one thread train 2,100 images/s, one process of 8 threads 2,000: 1.05 times."
+    )
 
 
 def test_fraction_by_hand() -> None:

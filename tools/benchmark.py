@@ -26,7 +26,7 @@ from config import Config, OneLineParser
 from evaluate import evaluate
 from model import MobileNetV3
 from optim import build_criterion
-from utils import UserError, keep_freed_memory, program, provenance
+from utils import UserError, keep_freed_memory, process_group, processes, program, provenance, rank
 
 ROUNDS = 3  # of each contender, in turn
 CPU = torch.device("cpu")
@@ -155,9 +155,9 @@ def grading() -> dict[str, float]:
 
 
 def growth(images_per_class: int, epochs: int) -> dict[str, float]:
-    """One short training of the program's own loop: images a class, epochs, seconds and peak memory."""
+    """One short training of the program's own loop, also by several processes: images, seconds and peak memory."""
     config = replace(LIKE, images_per_class=images_per_class + LIKE.validation_per_class, epochs=epochs)
-    loader, state = build_loader(config, CPU)[0], train.TrainState(config, CPU)
+    loader, state = build_loader(config, CPU, rank(), processes())[0], train.TrainState(config, CPU)
     start = time.perf_counter()
     for epoch in range(epochs):
         loader.set_epoch(epoch)
@@ -230,7 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.part:
         if arguments.part not in USUAL:
             keep_freed_memory()  # as train.py and evaluate.py do
-        print(json.dumps(PARTS[arguments.part]()))
+        with process_group():
+            print(json.dumps(PARTS[arguments.part]()))
         return 0
     if arguments.latency or arguments.checkpoint:
         from tools import latency  # here, as it would add 36 MiB to the peak memory of each part

@@ -1,5 +1,6 @@
 """Time a checkpoint in torch and as ONNX files, and a training step against its floor, for tools/benchmark.py."""
 
+import json
 import logging
 import statistics
 import tempfile
@@ -26,6 +27,7 @@ from data import SIDE
 from model import MobileNetV3
 from optim import build_criterion
 from tools import quantize, results
+from tools.benchmark import succeed
 from tools.export import Deployed, check_images, export
 from utils import UserError, keep_freed_memory, provenance
 
@@ -33,6 +35,7 @@ ROUNDS, SECONDS = 3, 1.5  # of each contender, in turn; of each figure in a roun
 BATCH = 64  # images, where the figure is images/s
 CPU = torch.device("cpu")
 MATRIX = 2048  # rows and columns of the matrix product: 17 G operations
+PART = "growth 40 x 1"  # of tools/benchmark.py: 4,000 images
 COPY = 2**28  # bytes of the copied tensor: more than most caches hold
 # The step that is timed: crop and flip alone, so that the input costs little. Its epoch is one batch of 128 images.
 STEP = Config(dataset="synthetic", images_per_class=2, validation_per_class=0, trivial_augment=0.0, small_fraction=0.0)
@@ -158,6 +161,14 @@ def floor(rates: Figures) -> Figures:
     return counts | rates | {"floor_seconds": seconds, "times_floor": rates["step_seconds"] / seconds}
 
 
+def time_processes(count: int) -> Figures:
+    """Training images/s of one process of so many threads, and of so many processes of one thread each."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
+    part = ("-m", "tools.benchmark", "--part", PART)
+    rows = {"one": json.loads(succeed(*part)), "several": json.loads(succeed(*torchrun, *part))}
+    return {name: row["images"] / row["seconds"] for name, row in rows.items()}
+
+
 def medians(rounds: list[Figures]) -> Figures:
     """Each figure's median over the rounds."""
     return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
@@ -178,7 +189,7 @@ def run(
     content = checkpoint.load(source)
     images = quantize.spread_out(check_images(content["config"]["dataset"], data_dir)[0], BATCH)
     classes = evaluate.logits(evaluate.load_model(content, source), images.permute(0, 3, 1, 2)).argmax(1)
-    threads, rates = sorted({1, torch.get_num_threads()}), []
+    threads, rates, shared = sorted({1, torch.get_num_threads()}), [], []
     with tempfile.TemporaryDirectory() as folder:
         in_process(write_files, source, Path(folder), data_dir)
         paths = {"torch": source, **{name: Path(folder) / f"{name}.onnx" for name in ("float32", "int8")}}
@@ -190,6 +201,8 @@ def run(
                 figures.append(row)
             rates.append(in_process(machine_rates, threads[-1], seconds))
             print(f"  training step, threads {threads[-1]}: {rates[-1]}", flush=True)
+            shared.append(time_processes(threads[-1]))
+            print(f"  one process of {threads[-1]} threads, and as many of one: {shared[-1]}", flush=True)
         sizes = {name: path.stat().st_size for name, path in paths.items()}
     result = {
         **provenance("cpu"),
@@ -205,6 +218,7 @@ def run(
             for name, size in sizes.items()
         },
         "floor": floor(medians(rates)),
+        "processes": medians(shared),
     }
     print(results.latency_table(result), results.floor_table(result), sep="\n\n")
     return result

@@ -147,6 +147,17 @@ def floor_table(result: dict[str, Any] | None) -> str:
     return tables.table(f"{step} | work | rate | time", rows)
 
 
+def processes_line(result: dict[str, Any] | None) -> str:
+    """What tools/latency.py measured of several processes that train together."""
+    if result is None:
+        return f"Speed: {NOT_MEASURED}."
+    one, several, count = result["processes"]["one"], result["processes"]["several"], result["threads"]
+    return (
+        f"On {result['machine'].partition(',')[0]}, {count} processes of one thread train {several:,.0f} images/s, one "
+        f"process of {count} threads {one:,.0f}: {several / one:.2f} times."
+    )
+
+
 def fill(path: Path, blocks: dict[str, str]) -> str:
     """The file's text with new lines between each pair of markers <!-- NAME --> and <!-- /NAME -->."""
     text = path.read_text()
@@ -175,6 +186,7 @@ def pages() -> tuple[dict[Path, str], Records]:
         "int8": int8_table(read_json(RESULTS / "int8.json")),
         "latency": latency_table(read_latency()),
         "floor": floor_table(read_latency()),
+        "processes": processes_line(read_latency()),
     }
     texts = {PAGE: results_page(records, logs), README: fill(README, readme)}
     texts[PERFORMANCE] = fill(PERFORMANCE, performance)
