@@ -13,6 +13,7 @@ from torch import nn
 
 import checkpoint
 import data
+import evaluate
 from synthetic import synthetic
 from tests.helpers import write_checkpoint
 from tools import export, quantize
@@ -91,6 +92,38 @@ def test_onnx_gives_the_checkpoints_probabilities(model: nn.Module, tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"any.pth", "any.onnx"}  # no external data
 
 
+def tempered(planes: torch.Tensor, model: nn.Module, temperature: float) -> torch.Tensor:
+    """Probabilities (N, 100) of the model for uint8 (N, 3, 32, 32), by hand."""
+    with torch.inference_mode():
+        return (model(data.normalise(planes)) / temperature).softmax(1)
+
+
+def test_a_stored_temperature_is_in_pt2(model: nn.Module, tmp_path: Path) -> None:
+    source, path = write_checkpoint(tmp_path / "any.pth", model, temperature=2.5), tmp_path / "any.pt2"
+    assert export.main([str(path), "--checkpoint", str(source)]) == 0
+    program = torch.export.load(path, extra_files=(extra := {"temperature": ""}))
+    given, planes = images()
+    torch.testing.assert_close(program.module()(given), tempered(planes, model, 2.5), atol=1e-5, rtol=0)
+    assert extra["temperature"] == "2.5"
+    assert not tempered(planes, model, 2.5).allclose(tempered(planes, model, 1.0), atol=1e-2)
+
+
+def test_without_a_temperature_the_file_does_not_divide(model: nn.Module, tmp_path: Path) -> None:
+    source, path = write_checkpoint(tmp_path / "any.pth", model), tmp_path / "any.pt2"
+    export.export(path, source)
+    program = torch.export.load(path, extra_files=(extra := {"temperature": ""}))
+    assert not [node for node in program.graph.nodes if "div" in str(node.target)] and extra["temperature"] == ""
+
+
+@pytest.mark.parametrize("name", ["any.pt2", "any.onnx"])
+def test_a_wrong_stored_temperature_exports_nothing(name: str, model: nn.Module, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("onnxscript")
+    source = write_checkpoint(tmp_path / "any.pth", model, temperature=float("nan"))
+    assert export.main([str(tmp_path / name), "--checkpoint", str(source)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds a temperature that is no number" in line and not (tmp_path / name).exists()
+
+
 def test_a_file_with_other_probabilities_is_deleted(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
     source, path = write_checkpoint(tmp_path / "any.pth", model), tmp_path / "any.pt2"
     monkeypatch.setattr(export, "probabilities", lambda model, images: torch.rand(len(images), 100).softmax(1))
@@ -161,6 +194,30 @@ def test_int8_is_a_third_of_the_size_and_alike(shipped: Path, tmp_path: Path, ca
     assert together.shape == (3, 100) and together.sum(1).allclose(torch.ones(3), atol=1e-5)
     torch.testing.assert_close(torch.cat([run(image[None]) for image in inputs]), together, atol=1e-5, rtol=0)
     assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx"}
+
+
+def test_a_stored_temperature_is_in_onnx_and_int8(shipped: Path, tmp_path: Path, capsys) -> None:
+    """Both files give the classes that the files without it give; int8 keeps the division in float32."""
+    import onnx
+
+    content = checkpoint.load(shipped)
+    model = evaluate.load_model(content, shipped)
+    source, plain, int8 = (tmp_path / name for name in ("any.pth", "plain.onnx", "int8.onnx"))
+    checkpoint.save(source, content | {"temperature": 0.5})
+    assert export.main([str(plain), "--checkpoint", str(source)]) == 0
+    assert export.main([str(int8), "--int8", "--checkpoint", str(source)]) == 0
+    assert "points lost" in capsys.readouterr().out.splitlines()[-1]
+    inputs, planes = images()
+    expected, before = quantize.read_onnx(plain)(inputs), quantize.read_onnx(shipped.with_suffix(".onnx"))(inputs)
+    torch.testing.assert_close(expected, tempered(planes, model, 0.5), atol=1e-5, rtol=0)
+    assert torch.equal(expected.argmax(1), before.argmax(1)) and not expected.allclose(before, atol=1e-2)
+    for path in (plain, int8):
+        file = onnx.load(path)
+        assert {row.key: row.value for row in file.metadata_props}["temperature"] == "0.5"
+        assert [node.op_type for node in file.graph.node][-2:] == ["Div", "Softmax"]
+    old, _ = quantize.calibrated(shipped.with_suffix(".onnx"), "synthetic", "nowhere")
+    odds, given = quantize.read_onnx(old)(inputs), quantize.read_onnx(int8)(inputs)
+    torch.testing.assert_close(given, odds**2 / (odds**2).sum(1, keepdim=True), atol=1e-5, rtol=0)
 
 
 def test_int8_agrees_with_float32_on_cifar100(shipped: Path, cifar100) -> None:

@@ -227,6 +227,35 @@ def test_a_file_without_permission_is_refused(sample: Image.Image, tmp_path: Pat
         predict.read(path)
 
 
+def test_a_stored_temperature_divides_the_logits(model: nn.Module, tmp_path: Path, capsys) -> None:
+    """The classes and their order stay; without one, or with 1, everything else stays too."""
+    images = synthetic(1, seed=3)[0][60:61]
+    path = saved(Image.fromarray(images[0].permute(1, 2, 0).numpy()), tmp_path / "small.png")
+
+    def result(**more: float | None) -> dict[str, Any]:
+        source = write_checkpoint(tmp_path / "any.pth", model, **more)
+        assert predict.main([str(path), "--checkpoint", str(source), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain, scaled, one = result(), result(temperature=2.5), result(temperature=1.0)
+    with torch.inference_mode():
+        logits = model(normalise(images))[0]
+    ((before,), (after,)) = ([image["top"] for image in found["images"]] for found in (plain, scaled))
+    assert [row["name"] for row in after] == [row["name"] for row in before]
+    assert [row["probability"] for row in before] == logits.softmax(0).topk(5).values.tolist()
+    assert [row["probability"] for row in after] == (logits / 2.5).softmax(0).topk(5).values.tolist()
+    assert scaled["temperature"] == 2.5 and "temperature" not in plain
+    assert one == plain | {"temperature": 1.0} and result(temperature=None) == plain
+
+
+def test_a_wrong_stored_temperature_is_one_line(model: nn.Module, tmp_path: Path, capsys) -> None:
+    for value in (0.0, -2.0, float("nan"), float("inf")):
+        source = write_checkpoint(tmp_path / "any.pth", model, temperature=value)
+        assert predict.main(["any.png", "--checkpoint", str(source)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"tools.predict: error: {source} holds a temperature that is no number")
+
+
 def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys) -> None:
     assert predict.main(["any.png", "--checkpoint", str(tmp_path / "none.pth")]) == 1
     (line,) = capsys.readouterr().err.splitlines()

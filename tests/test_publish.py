@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import evaluate
 import train
 from config import Config
 from tests.helpers import small_set, taken_for_official, write_checkpoint
-from tools import publish
+from tools import calibrate, publish
 from tools.curves import read_log
 
 RECORD = Path("docs/results/small.json")
@@ -66,6 +67,46 @@ def test_train_eval_is_measured_in_eval_mode_on_the_runs_own_images(run: Path) -
     assert json.loads(RECORD.read_text())["train_eval"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_temperature_is_fitted_on_validation_images(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the record and in the shipped checkpoint, and no test image is read for it."""
+    fits, fit, fit_on_validation, load = [], calibrate.fit, calibrate.fit_on_validation, data.load
+
+    def load_training_alone(dataset: str, data_dir: str, source: str, per_class: int = 0) -> data.Images:
+        assert source == "train"
+        return load(dataset, data_dir, source, per_class)
+
+    def watched(*arguments: Any) -> float | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "load", load_training_alone)
+            return fit_on_validation(*arguments)
+
+    monkeypatch.setattr(calibrate, "fit_on_validation", watched)
+    monkeypatch.setattr(calibrate, "fit", lambda *given: fits.append(given) or fit(*given))
+    assert main(run, "--name", "small", "--ship") == 0
+    ((outputs, labels),) = fits
+    content = checkpoint.load(run / "best.pth")
+    validation = data.load_training("cifar100", ".", 1)[1]
+    expected = evaluate.logits(evaluate.load_model(content, run), validation.images)
+    assert len(labels) == 100 and outputs.allclose(expected, atol=1e-3)
+    temperature = json.loads(RECORD.read_text())["temperature"]
+    assert temperature == pytest.approx(fit(expected, validation.labels), rel=1e-3) and temperature != 1
+    assert checkpoint.load(checkpoint.PUBLISHED)["temperature"] == temperature
+    graded = evaluate.grade(checkpoint.PUBLISHED, data_dir=".")
+    assert graded["accuracy"] == evaluate.grade(run / "best.pth", data_dir=".")["accuracy"]
+
+
+def test_without_validation_images_the_temperature_is_null(
+    tiny: Config, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"dataset": "cifar100", "data_dir": ".", "validation_per_class": 0, "images_per_class": 0}
+    everything = train.train(replace(tiny, epochs=1, **settings))
+    monkeypatch.setattr(calibrate, "fit", lambda *arguments: pytest.fail("a temperature was fitted"))
+    assert main(everything, "--name", "small", "--ship") == 0
+    record = json.loads(RECORD.read_text())
+    assert "temperature" in record and record["temperature"] is None and record["validation"] is None
+    assert checkpoint.load(checkpoint.PUBLISHED)["temperature"] is None
+
+
 def test_a_run_is_graded_once(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(run, "--name", "small") == 0
     written = RECORD.read_bytes()
@@ -102,7 +143,7 @@ def test_a_claim_and_its_title_are_kept(run: Path, capsys: pytest.CaptureFixture
 def test_shipping_adds_provenance(run: Path) -> None:
     assert main(run, "--ship") == 0
     best, shipped = checkpoint.load(run / "best.pth"), checkpoint.load(Path("checkpoints/published.pth"))
-    assert shipped.keys() - best.keys() == {"run", "test", "history", "digests"}
+    assert shipped.keys() - best.keys() == {"run", "test", "history", "digests", "temperature"}
     assert shipped["history"] == checkpoint.load(run / "last.pth")["history"] and shipped["run"] == run.name
     assert shipped["digests"] == data.SHA256
     assert shipped["test"]["accuracy"] == evaluate.grade(checkpoint.PUBLISHED, data_dir=".")["accuracy"]

@@ -13,7 +13,14 @@ import data
 import evaluate
 from synthetic import synthetic
 from tests.helpers import made_up_latency, write_checkpoint
-from tools import labels, report, results
+from tools import calibrate, labels, report, results
+
+
+@pytest.fixture(autouse=True)
+def training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two generated images a class are the training and the validation images of every run."""
+    images = data.Images(*synthetic(2, seed=0))
+    monkeypatch.setattr(data, "load_training", lambda *arguments: (images, images))
 
 
 def test_wilson_interval_equals_hand_computed_values() -> None:
@@ -117,6 +124,40 @@ def test_latency_is_shown_for_the_checkpoint_that_it_was_measured_on(
     assert "Latency" not in page()
 
 
+def rows(page: str) -> dict[str, str]:
+    """The values of the page's first table, by measure."""
+    return dict(re.findall(r'<th scope="row">([^<]+)</th><td[^>]*>([^<]+)</td>', page.split("</table>")[0]))
+
+
+def test_page_shows_the_calibration_before_and_after(monkeypatch, model: nn.Module, tmp_path: Path) -> None:
+    """A temperature that is fitted on validation images, one that the checkpoint stores, or none, and why."""
+    test, validation = data.Images(*synthetic(3, seed=9)), data.Images(*synthetic(2, seed=0))
+    monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
+    fitted = report.compute(write_checkpoint(tmp_path / "any.pth", model))
+    assert fitted.temperature == calibrate.fit(evaluate.logits(model, validation.images), validation.labels)
+    assert fitted.scaled.loss < fitted.plain.loss and fitted.scaled.error < fitted.plain.error
+    logits = evaluate.logits(model, test.images).double() / fitted.temperature
+    confidence, predicted = logits.softmax(1).max(1)
+    error, bins = report.calibration(confidence, (predicted == test.labels).double())
+    assert fitted.scaled.error == error and torch.equal(fitted.scaled.bins, bins)
+    page = report.render(fitted)
+    assert f"The temperature {fitted.temperature:.4f}, fitted on the 5000 validation images of its run" in page
+    assert "the order of the classes stays, and with it the accuracy" in page
+    assert rows(page)["expected calibration error"] == f"{100 * fitted.plain.error:.2f} %"
+    assert rows(page)["expected calibration error, with temperature"] == f"{100 * fitted.scaled.error:.2f} %"
+    assert rows(page)["loss, with temperature"] == f"{fitted.scaled.loss:.4f}"
+
+    monkeypatch.setattr(data, "load_training", lambda *arguments: pytest.fail("training images were read"))
+    stored = report.compute(write_checkpoint(tmp_path / "any.pth", model, temperature=3.0))
+    assert stored.temperature == 3.0 and "The temperature 3.0000, stored in the checkpoint," in report.render(stored)
+    assert (stored.top1, stored.top5, stored.plain[2]) == (fitted.top1, fitted.top5, fitted.plain[2])
+    config = {"dataset": "synthetic", "experiment": "any", "validation_per_class": 0}
+    none = report.compute(write_checkpoint(tmp_path / "any.pth", model, config=config))
+    page = report.render(none)
+    assert none.temperature is None and none.scaled is None and "with temperature" not in page
+    assert "There is no temperature: the checkpoint stores none, and its run kept no validation images" in page
+
+
 def test_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def error(*argv: object) -> str:
         assert report.main([str(value) for value in argv]) == 1
@@ -134,3 +175,5 @@ def test_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatch: pyte
     assert error("--checkpoint", path) == "tools.report: error: no data"
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: data.Images(*synthetic(1, seed=0)))
     assert "file" in error("--checkpoint", path, "--output", tmp_path / "file" / "index.html")
+    path = write_checkpoint(tmp_path / "any.pth", model, temperature=-1.0)
+    assert "any.pth holds a temperature that is no number from" in error("--checkpoint", path)

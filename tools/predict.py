@@ -17,6 +17,7 @@ import checkpoint
 import evaluate
 from config import OneLineParser
 from data import SIDE, normalise
+from tools import calibrate
 from tools.labels import class_names, human
 from utils import UserError, one_line, program
 
@@ -86,7 +87,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
-    """The model in eval mode, what it is (plain values), and its classes' names. Raises CheckpointError."""
+    """The model in eval mode, what it is (plain values), and its classes' names. Raises CheckpointError.
+
+    The model's logits are divided by the temperature that the checkpoint stores, if it stores one.
+    """
     content = checkpoint.load(path)
     model, config = evaluate.load_model(content, path), content["config"]
     about = {"checkpoint": str(path), "experiment": config["experiment"], "date": content["date"]}
@@ -94,6 +98,8 @@ def open_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], tuple[str, .
     for source, key in (("test", "accuracy"), ("metrics", "validation_accuracy")):
         if (content.get(source) or {}).get(key) is not None:
             about[f"{source.replace('metrics', 'validation')}_accuracy"] = content[source][key]
+    if (temperature := calibrate.stored(content, path)) is not None:
+        model, about["temperature"] = calibrate.Scaled(model, temperature).eval(), temperature
     return model, about, class_names(config["dataset"])
 
 

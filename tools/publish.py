@@ -15,11 +15,13 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or OpenMP's idle threads take the cores from other processes
 
 import torch
+from torch import nn
 
 import data
 import evaluate
 from checkpoint import PUBLISHED, CheckpointError, draw_curves, load, save, write_log
 from config import Config, OneLineParser, changes, restore
+from tools import calibrate
 from utils import UserError, atomic_write, choose_device, keep_freed_memory, one_line, program
 
 DOCS = Path("docs")
@@ -89,12 +91,10 @@ def read_record(path: Path, config: Config, again: bool) -> Record:
     return record
 
 
-def score_training_images(path: Path, best: Content, config: Config, data_dir: str) -> dict[str, Any]:
+def score_training_images(model: nn.Module, config: Config, data_dir: str) -> dict[str, Any]:
     """The best weights' scores, in eval mode and without augmentation, on the images that they were trained on."""
-    device = choose_device("auto")
     images, _ = data.load_training("cifar100", data_dir, config.validation_per_class, config.images_per_class)
-    model = evaluate.load_model(best, path).to(device, memory_format=torch.channels_last)
-    scores = evaluate.evaluate(model, images.to(device))
+    scores = evaluate.evaluate(model, images.to(next(model.parameters()).device))
     return {"accuracy": round(scores.top1, 6), "loss": round(scores.loss, 6), "images": len(images.labels)}
 
 
@@ -122,6 +122,8 @@ def publish(
     path, log, curves = (DOCS / file for file in (f"results/{name}.json", f"logs/{name}.csv", f"curves/{name}.png"))
     before = read_record(path, config, again)
     row = last["history"][best["epoch"] - 1]
+    model = evaluate.load_model(best, run / "best.pth").to(choose_device("auto"), memory_format=torch.channels_last)
+    temperature = calibrate.fit_on_validation(model, config, data_dir)
     grade = evaluate.grade(run / "best.pth", data_dir=data_dir)
     test = {key: grade[key] for key in ("accuracy", "top5", "loss", "images")}
     record = {
@@ -138,8 +140,9 @@ def publish(
         "best_epoch": best["epoch"],
         "train": part(row, "train"),
         "train_mode": "running",  # averaged over the epoch, on augmented images, while the weights change
-        "train_eval": score_training_images(run / "best.pth", best, config, data_dir),
+        "train_eval": score_training_images(model, config, data_dir),
         "validation": part(row, "validation"),
+        "temperature": temperature,  # fitted on the validation images; tools/calibrate.py
         "test": {key: round(value, 6) for key, value in test.items()},
         "cost": {"operations": grade["flops"], "size_kb": round(grade["size_kb"], 3)},
         "claimed": before.get("claimed"),
@@ -154,7 +157,7 @@ def publish(
     if ship:
         PUBLISHED.parent.mkdir(exist_ok=True)
         provenance = {"run": record["run"], "test": test, "history": last["history"], "digests": data.SHA256}
-        save(PUBLISHED, best | provenance)
+        save(PUBLISHED, best | provenance | {"temperature": temperature})
     atomic_write(path, lambda file: file.write(f"{json.dumps(record, indent=1, ensure_ascii=False)}\n".encode()))
     return path, grade
 

@@ -71,14 +71,14 @@ def training_images(dataset: str, data_dir: str) -> tuple[Tensor, str]:
 def quantize(source: Path, images: Tensor) -> bytes:
     """An int8 version of a float32 .onnx file, for the range of each activation on uint8 images (N, 32, 32, 3).
 
-    Weights have a scale for each channel. An activation's range holds 99.999 % of its values. The preprocessing and the
-    softmax stay in float32.
+    Weights have a scale for each channel. An activation's range holds 99.999 % of its values. What comes before the
+    first convolution (the preprocessing) and after the classifier (temperature, softmax) stays in float32.
     """
     import onnx  # optional
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     nodes = list(onnx.load(source).graph.node)
-    first = [node.op_type for node in nodes].index("Conv")
+    layers = [i for i, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul")]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # it prints its steps
         path = Path(folder) / "int8.onnx"
         quantize_static(
@@ -90,7 +90,7 @@ def quantize(source: Path, images: Tensor) -> bytes:
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.Percentile,
             per_channel=True,
-            nodes_to_exclude=[node.name for node in (*nodes[:first], nodes[-1])],
+            nodes_to_exclude=[node.name for node in (*nodes[: layers[0]], *nodes[layers[-1] + 1 :])],
         )
         return path.read_bytes()
 

@@ -21,6 +21,7 @@ import checkpoint
 import data
 import evaluate
 from config import Config, OneLineParser
+from tools import calibrate
 from tools.labels import class_names, human, superclasses
 from tools.results import latency_section
 from utils import atomic_write, program
@@ -58,6 +59,14 @@ class Stage(NamedTuple):
     operations: int
 
 
+class Calibration(NamedTuple):
+    """How far the confidences can be trusted: expected calibration error, what it was summed from, and the loss."""
+
+    error: float
+    bins: Tensor  # (3, BINS): images, correct images and summed confidence
+    loss: float  # mean cross-entropy
+
+
 @dataclass(frozen=True)
 class Results:
     """What the page shows. All fractions are from 0 to 1."""
@@ -67,9 +76,10 @@ class Results:
     images: int
     top1: int  # correct images
     top5: int
-    loss: float  # mean cross-entropy
-    calibration_error: float
-    bins: Tensor  # (3, BINS): images, correct images and summed confidence
+    plain: Calibration  # of the logits as they are
+    temperature: float | None
+    temperature_source: str  # where it is from, or why there is none
+    scaled: Calibration | None  # of the logits divided by the temperature
     superclasses: list[tuple[str, float, float]]  # fraction with the right class, and with the right superclass; rising
     classes: list[tuple[str, float]]  # fraction that is correct; rising
     mistakes: list[Mistake]  # most confident first
@@ -96,6 +106,13 @@ def calibration(confidence: Tensor, correct: Tensor, bins: int = BINS) -> tuple[
     return ((sums[1] - sums[2]).abs().sum() / len(index)).item(), sums
 
 
+def calibrated(logits: Tensor, labels: Tensor) -> Calibration:
+    """The calibration of float64 logits (N, C) for labels (N,)."""
+    confidence, predicted = logits.softmax(1).max(1)
+    error, bins = calibration(confidence, (predicted == labels).double())
+    return Calibration(error, bins, F.cross_entropy(logits, labels).item())
+
+
 def stages(model: nn.Module) -> list[Stage]:
     """The model's stages from input to output."""
     parts = {"stem": model.stem} | {f"block {i}": block for i, block in enumerate(model.blocks, start=1)}
@@ -118,7 +135,7 @@ def compute(path: Path, data_dir: str = Config.data_dir) -> Results:
     top = logits.softmax(1).topk(5)
     confidence, predicted = top.values[:, 0], top.indices[:, 0]
     correct = predicted == labels
-    error, bins = calibration(confidence, correct.double())
+    temperature, temperature_source = calibrate.find(model, content, path, data_dir)
 
     names, groups = class_names(dataset), superclasses(dataset)
     group_of = torch.tensor([i for name in names for i, members in enumerate(groups.values()) if name in members])
@@ -139,9 +156,10 @@ def compute(path: Path, data_dir: str = Config.data_dir) -> Results:
         images=len(labels),
         top1=int(correct.sum()),
         top5=int((top.indices == labels[:, None]).sum()),
-        loss=F.cross_entropy(logits, labels).item(),
-        calibration_error=error,
-        bins=bins,
+        plain=calibrated(logits, labels),
+        temperature=temperature,
+        temperature_source=temperature_source,
+        scaled=None if temperature is None else calibrated(logits / temperature, labels),
         superclasses=sorted(supers, key=lambda row: row[1]),
         classes=sorted(classes, key=lambda row: row[1]),
         mistakes=[
@@ -160,7 +178,7 @@ def render(results: Results) -> str:
     cost = f"flops = {results.operations}, Model parameter size = {results.size_kb:.3f} kB"
     total = ("total", "", *(sum(stage[i] for stage in results.stages) for i in (2, 3, 4)))
     sections = {
-        "Accuracy": table(("measure", "value", "95 % interval (Wilson)"), *scores(results)) + diagram(results.bins),
+        "Accuracy": accuracy(results) + diagram(results.plain.bins, results.scaled and results.scaled.bins),
         "Superclasses": table(("superclass", "class correct", "superclass correct"), *results.superclasses),
         "Classes": "".join(table(("class", "correct"), *rows) for rows in columns),
         "Most confused pairs: true → predicted class, probability": pairs(results.mistakes),
@@ -174,14 +192,29 @@ def render(results: Results) -> str:
     return PAGE.substitute(dataset=results.dataset, source=escape(results.source), main=main)
 
 
+def accuracy(results: Results) -> str:
+    """The first table, and a sentence on the temperature."""
+    text = f"There is no temperature: {results.temperature_source}."
+    if results.temperature is not None:
+        text = (
+            f"The temperature {results.temperature:.4f}, {results.temperature_source}, divides all logits of an image "
+            "(Guo et al., 2017). It changes confidences only: the order of the classes stays, and with it the "
+            "accuracy. The probabilities further down are without it."
+        )
+    return f"<div>{table(('measure', 'value', '95 % interval (Wilson)'), *scores(results))}<p>{text}</p></div>"
+
+
 def scores(results: Results) -> list[tuple[str, str | float, str]]:
     """The rows of the first table: measure, value, interval."""
     rows = []
     for k, correct in ((1, results.top1), (5, results.top5)):
         low, high = wilson(correct, results.images)
         rows.append((f"top-{k} accuracy", correct / results.images, f"{low:.2f} to {high:.2f} %"))
-    rows.append(("expected calibration error", results.calibration_error, ""))
-    return [*rows, ("loss", f"{results.loss:.4f}", "")]
+    rows += [("expected calibration error", results.plain.error, ""), ("loss", f"{results.plain.loss:.4f}", "")]
+    if results.scaled:
+        rows.append(("expected calibration error, with temperature", results.scaled.error, ""))
+        rows.append(("loss, with temperature", f"{results.scaled.loss:.4f}", ""))
+    return rows
 
 
 def table(head: tuple[str, ...], *rows: tuple[str | int | float, ...]) -> str:
@@ -199,12 +232,16 @@ def png(file: io.BytesIO, description: str) -> str:
     return f'<img alt="{description}" src="data:image/png;base64,{b64encode(file.getvalue()).decode()}">'
 
 
-def diagram(sums: Tensor) -> str:
-    """The reliability diagram of what `calibration` summed."""
+def diagram(sums: Tensor, scaled: Tensor | None = None) -> str:
+    """The reliability diagram of what `calibration` summed, (3, bins), perhaps with a temperature too."""
     bins, (accuracy, confidence) = sums.shape[1], (sums[1:] / sums[0]).numpy()  # NaN, not drawn, in an empty bin
     axes = Figure(layout="constrained").subplots(subplot_kw={"xlabel": "confidence", "ylabel": "accuracy"})
     axes.bar([(i + 0.5) / bins for i in range(bins)], accuracy, 0.9 / bins, color="#0072b2", label="accuracy")
     axes.plot(confidence, accuracy, "o", color="#d55e00", label="accuracy at the mean confidence")
+    if scaled is not None:
+        accuracy, confidence = (scaled[1:] / scaled[0]).numpy()
+        label = "the same, with temperature"
+        axes.plot(confidence, accuracy, "D", ms=9, color="#009e73", markeredgecolor="white", label=label)
     axes.plot((0, 1), (0, 1), "--", color="0.5", label="perfect calibration")
     axes.legend(loc="upper left")
     axes.figure.savefig(file := io.BytesIO(), dpi=150, transparent=True)
