@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import checkpoint
@@ -82,7 +83,7 @@ def test_a_temperature_is_fitted_on_validation_images(run: Path, monkeypatch: py
 
     monkeypatch.setattr(calibrate, "fit_on_validation", watched)
     monkeypatch.setattr(calibrate, "fit", lambda *given: fits.append(given) or fit(*given))
-    assert main(run, "--name", "small", "--ship") == 0
+    assert main(run, "--name", "small", "--ship", checkpoint.PUBLISHED) == 0
     ((outputs, labels),) = fits
     content = checkpoint.load(run / "best.pth")
     validation = data.load_training("cifar100", ".", 1)[1]
@@ -101,7 +102,7 @@ def test_without_validation_images_the_temperature_is_null(
     settings = {"dataset": "cifar100", "data_dir": ".", "validation_per_class": 0, "images_per_class": 0}
     everything = train.train(replace(tiny, epochs=1, **settings))
     monkeypatch.setattr(calibrate, "fit", lambda *arguments: pytest.fail("a temperature was fitted"))
-    assert main(everything, "--name", "small", "--ship") == 0
+    assert main(everything, "--name", "small", "--ship", checkpoint.PUBLISHED) == 0
     record = json.loads(RECORD.read_text())
     assert "temperature" in record and record["temperature"] is None and record["validation"] is None
     assert checkpoint.load(checkpoint.PUBLISHED)["temperature"] is None
@@ -141,13 +142,31 @@ def test_a_claim_and_its_title_are_kept(run: Path, capsys: pytest.CaptureFixture
 
 
 def test_shipping_adds_provenance(run: Path) -> None:
-    assert main(run, "--ship") == 0
+    assert main(run, "--ship", checkpoint.PUBLISHED) == 0
     best, shipped = checkpoint.load(run / "best.pth"), checkpoint.load(Path("checkpoints/published.pth"))
     assert shipped.keys() - best.keys() == {"run", "test", "history", "digests", "temperature"}
     assert shipped["history"] == checkpoint.load(run / "last.pth")["history"] and shipped["run"] == run.name
     assert shipped["digests"] == data.SHA256
     assert shipped["test"]["accuracy"] == evaluate.grade(checkpoint.PUBLISHED, data_dir=".")["accuracy"]
     assert Path("docs/results/default.json").exists(), "the name is the experiment's unless one is given"
+
+
+def test_half_precision_is_graded_as_it_is_shipped(run: Path, tmp_path: Path) -> None:
+    """And a path of this machine does not go along."""
+    for name in ("last.pth", "best.pth"):
+        content = checkpoint.load(run / name)
+        content["config"] |= {"weights": str(tmp_path / "start.pth"), "teacher": "checkpoints/teacher.pth"}
+        checkpoint.save(run / name, content)
+    path = Path("checkpoints/half.pth")
+    assert main(run, "--name", "small", "--ship", path, "--half") == 0
+    best, shipped, record = checkpoint.load(run / "best.pth"), checkpoint.load(path), json.loads(RECORD.read_text())
+    for name, value in shipped["weights"].items():
+        assert value.dtype == (torch.float16 if value.ndim > 1 else best["weights"][name].dtype)
+        assert torch.allclose(value.float(), best["weights"][name].float(), rtol=1e-3, atol=1e-6)
+    assert record["test"]["loss"] == pytest.approx(evaluate.grade(path, data_dir=".")["loss"], abs=1e-5)
+    assert record["cost"]["size_kb"] == 3814.391, "the model computes in float32"
+    for config in (record["config"], shipped["config"]):
+        assert (config["weights"], config["teacher"]) == ("start.pth", "checkpoints/teacher.pth")
 
 
 def test_unfinished_and_synthetic_runs_are_refused(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -1,6 +1,6 @@
 """Grade a finished run once on the official test set and record it: python -m tools.publish RUN.
 
-Writes docs/results/NAME.json, docs/logs/NAME.csv and docs/curves/NAME.png; with --ship checkpoints/published.pth too.
+Writes docs/results/NAME.json, docs/logs/NAME.csv and docs/curves/NAME.png; with --ship FILE the weights too.
 """
 
 import json
@@ -8,14 +8,15 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import fields
+import tempfile
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or OpenMP's idle threads take the cores from other processes
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import evaluate
@@ -52,7 +53,18 @@ def open_run(run: Path) -> tuple[Content, Content, Config]:
         raise CheckpointError(f"{run} was trained on {config.images_per_class} images a class, not on all of them")
     if "history" not in last:
         raise CheckpointError(f"{run}/last.pth is not what a run writes under that name")
-    return last, best, config
+    config = replace(config, **{name: portable(getattr(config, name)) for name in ("weights", "teacher")})
+    return last, best | {"config": asdict(config)}, config
+
+
+def portable(path: str) -> str:
+    """A relative path as it is, and of an absolute one, which means nothing on another machine, the file's name."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def halve(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose matrices and convolutions are float16; norms and biases stay, as they are small."""
+    return {name: value.half() if value.ndim > 1 else value for name, value in weights.items()}
 
 
 def recipe(config: Config) -> dict[str, Any]:
@@ -107,7 +119,8 @@ def part(row: dict[str, Any], name: str) -> dict[str, float] | None:
 def publish(
     run: Path,
     name: str | None = None,
-    ship: bool = False,
+    ship: Path | None = None,
+    half: bool = False,
     again: bool = False,
     commit: str | None = None,
     machine: str | None = None,
@@ -115,16 +128,20 @@ def publish(
 ) -> tuple[Path, dict[str, Any]]:
     """Grade a run and write its files; the record's path and the grade. Raises UserError.
 
-    A record without test figures, which holds what is claimed of a run, keeps its name, title and claim.
+    A record without test figures, which holds what is claimed of a run, keeps its name, title and claim. With `half` it
+    is the weights rounded to float16 that are graded and shipped; the log's figures are those of the run.
     """
     last, best, config = open_run(run)
+    best["weights"] = halve(best["weights"]) if half else best["weights"]
     name = name or config.experiment
     path, log, curves = (DOCS / file for file in (f"results/{name}.json", f"logs/{name}.csv", f"curves/{name}.png"))
     before = read_record(path, config, again)
     row = last["history"][best["epoch"] - 1]
     model = evaluate.load_model(best, run / "best.pth").to(choose_device("auto"), memory_format=torch.channels_last)
     temperature = calibrate.fit_on_validation(model, config, data_dir)
-    grade = evaluate.grade(run / "best.pth", data_dir=data_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder, "best.pth"), best)
+        grade = evaluate.grade(Path(folder, "best.pth"), data_dir=data_dir) | {"checkpoint": str(ship or run)}
     test = {key: grade[key] for key in ("accuracy", "top5", "loss", "images")}
     record = {
         "name": name,
@@ -155,9 +172,9 @@ def publish(
     write_log(log, last["history"])
     draw_curves({name: last["history"]}, curves)
     if ship:
-        PUBLISHED.parent.mkdir(exist_ok=True)
+        ship.parent.mkdir(exist_ok=True)
         provenance = {"run": record["run"], "test": test, "history": last["history"], "digests": data.SHA256}
-        save(PUBLISHED, best | provenance | {"temperature": temperature})
+        save(ship, best | provenance | {"temperature": temperature})
     atomic_write(path, lambda file: file.write(f"{json.dumps(record, indent=1, ensure_ascii=False)}\n".encode()))
     return path, grade
 
@@ -167,7 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.publish", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--name", help="letters, digits, _ and - [the run's experiment]")
-    parser.add_argument("--ship", action="store_true", help=f"write {PUBLISHED} too")
+    parser.add_argument(
+        "--ship", type=Path, metavar="FILE", help=f"write the weights too; {PUBLISHED} is what is graded by default"
+    )
+    parser.add_argument("--half", action="store_true", help="round the weights to float16: half the bytes")
     parser.add_argument("--again", action="store_true", help="replace a record that is measured")
     parser.add_argument("--commit", help="that the run was made at [as the run wrote]")
     parser.add_argument("--machine", help="that the run was made on [as the run wrote]")
