@@ -175,6 +175,20 @@ def test_gains_are_paired_by_seed() -> None:
     logs = {name: [{"validation_accuracy": 0.0}, {"validation_accuracy": end}] for name, end in ends.items()}
     row = {"base": "base", "logs": ["docs/logs/ablation-sgd.csv", "docs/logs/ablation-sgd-seed1.csv"]}
     assert tables.gains(row, logs) == [3.0, 1.0]
+    other = {f"distill-{name}": [{"validation_accuracy": end}] for name, end in (("base", 40.0), ("kl", 45.0))}
+    assert tables.gains({"base": "base", "logs": ["docs/logs/distill-kl.csv"]}, logs | other) == [5.0]
+
+
+def test_teachers_are_the_runs_of_other_networks() -> None:
+    ours = run("scratch", 0, test=73) | {"config": {"epochs": 140}}
+    assert tables.teachers_table({"scratch": ours}) == "A teacher: not measured."
+    record = run("teacher", 0, test=80, train_eval=99) | {"config": {"model": "net", "image_size": 64}}
+    record |= {"validation": {"accuracy": 81}, "cost": {"operations": 123e6, "size_kb": 14000.4}}
+    record |= {"log": "docs/logs/teacher.csv", "curves": None}
+    (line,) = tables.teachers_table({"scratch": ours, "teacher": record}).splitlines()[2:]
+    assert line == (
+        "| `net` | 64 pixels | 123 M | 14,000 kB | 99.00 % | 81.00 % | 80.00 % | [log](logs/teacher.csv) | none |"
+    )
 
 
 def test_more_seeds_give_mean_and_deviation() -> None:

@@ -115,6 +115,18 @@ def scratch_table(records: Records) -> str:
     return table("run | what | seed | commit | torch | train | test top-1 | top-5 | loss | took | log", rows)
 
 
+def teachers_table(records: Records) -> str:
+    """The larger networks that teach ours."""
+    rows = []
+    for run in (run for run in records.values() if run["config"].get("model", "mobilenetv3") != "mobilenetv3"):
+        config, cost = run["config"], run["cost"]
+        made = [f"{config['image_size']} pixels", f"{cost['operations'] / 1e6:.0f} M", f"{cost['size_kb']:,.0f} kB"]
+        figures = [percent(accuracy(run, part)) for part in ("train_eval", "validation", "test")]
+        rows.append([f"`{config['model']}`", *made, *figures, link(run["log"], "log"), link(run["curves"], "curves")])
+    head = "network | enlarged to | operations | parameter size | train, eval mode | validation | test | log | curves"
+    return table(head, rows) if rows else f"A teacher: {NOT_MEASURED}."
+
+
 def experiments_table(records: Records) -> str:
     """The report's experiments side by side; what was claimed and what was measured in columns of their own."""
     rows = []
@@ -192,7 +204,8 @@ def fractions(records: Records) -> str:
 def gains(row: dict[str, Any], logs: Logs) -> list[float]:
     """Validation accuracy after the last epoch minus that of the row's base, for each seed that was run."""
     names = [Path(path).stem for path in row["logs"]]
-    bases = [name.replace(names[0], f"ablation-{row['base']}") for name in names]
+    kind = names[0].partition("-")[0]  # of comparison: "ablation" or "distill"
+    bases = [name.replace(names[0], f"{kind}-{row['base']}") for name in names]
     ends = [[logs[name][-1]["validation_accuracy"] for name in pair] for pair in zip(names, bases, strict=True)]
     return [run - base for run, base in ends]
 
@@ -203,7 +216,7 @@ def ablation_table(rows: list[dict[str, Any]], logs: Logs) -> str:
     for row in rows:
         ends = [percent(logs[Path(path).stem][-1]["validation_accuracy"]) for path in row["logs"]]
         gained = f"{points(gains(row, logs))} over {row['base']}" if "base" in row else None
-        links = ", ".join(link(path, Path(path).stem.removeprefix("ablation-")) for path in row["logs"])
+        links = ", ".join(link(path, Path(path).stem.partition("-")[2]) for path in row["logs"])
         flags = f"`{row['flags']}`" if row["flags"] else None
         lines.append([row["changed"], *[*ends, None][:2], gained, flags, links])
     return table("changed | seed 0 | seed 1 | points | flags after the base's | logs", lines)
