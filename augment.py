@@ -166,12 +166,12 @@ class Loader:
     """Augmented batches of the training images, made on their device: iterating over it is one epoch.
 
     Order and augmentation follow from (seed, epoch). All batches have one size: the images that do not fill the last
-    one are left out, others in each epoch. `config` has the settings of config.Config that are read here. `part` is
-    what this process takes of each batch, where several train together.
+    one are left out, others in each epoch. `config` has the settings of config.Config that are read here. `shard`
+    is what this process takes of each batch, where several train together.
     """
 
-    def __init__(self, train: Images, config: Any, part: slice = slice(None)) -> None:
-        self.part = part
+    def __init__(self, train: Images, config: Any, shard: slice = slice(None)) -> None:
+        self.shard = shard
         self.config, self.pixels, self.labels, self.epoch = config, pixel_table(train.images), train.labels, 0
         self.batch_size = min(config.batch_size, len(train.labels))
         self.mixers = []
@@ -197,9 +197,10 @@ class Loader:
 
     @property
     def view(self) -> str:
-        """A name for the epoch's images: epochs of the same name have the same ones."""
-        part = "" if self.part.step in (None, 1) else f"-part{self.part.start + 1}of{self.part.step}"
-        return f"{self.repeated_epoch}{'-small' * self.small}{part}"
+        """A name for the epoch's images: epochs of the same name have the same ones, in the same order."""
+        small, several = "-small" * self.small, self.shard.step not in (None, 1)
+        shard = f"-{self.shard.start + 1}of{self.shard.step}" if several else ""
+        return f"{self.repeated_epoch}{small}{shard}-{self.labels.device.type}"  # devices draw other random numbers
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -213,7 +214,7 @@ class Loader:
         order = torch.randperm(len(self.labels), device=self.labels.device, generator=generator)
         for index in order[: len(self) * self.batch_size].split(self.batch_size):
             images, labels = self.augment(index, generator)
-            yield images[self.part], labels[self.part]
+            yield images[self.shard], labels[self.shard]
 
     def augment(self, index: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """The images at `index` (N,): normalised floats (N, 3, 32, 32), and labels (N,) or, mixed, targets (N, 100)."""
@@ -234,7 +235,7 @@ class Loader:
 def build_loader(config: Any, device: torch.device, rank: int = 0, processes: int = 1) -> tuple[Loader, Images]:
     """The loader of a run's training images, and its validation images, on the device. Raises DataError.
 
-    Each of several processes makes the same batches and takes every so many-th image of them, from its rank on.
+    Each of several processes makes the same whole batches and takes the images rank, rank + processes, ... of each.
     """
     train, validation = load_training(
         config.dataset, config.data_dir, config.validation_per_class, config.images_per_class

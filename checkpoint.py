@@ -148,7 +148,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def save_epoch(
     folder: Path, settings: dict[str, Any], history: History, state: dict[str, Any], weights: dict[str, Tensor]
 ) -> bool:
-    """Write last.pth, log.csv and, where the epoch is the best or the last unvalidated one, best.pth; whether it was.
+    """Write last.pth, log.csv and, for the best epoch (unvalidated: the last one), best.pth; whether that was written.
 
     last.pth, from which a run goes on, comes after best.pth: a run killed between them repeats the epoch and writes
     the same best.pth again.

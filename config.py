@@ -92,6 +92,11 @@ class Config:
         if self.schedule == "cosine" and self.lr_step:
             raise ValueError(f"lr_step {self.lr_step} has no meaning with schedule cosine; use 0")
 
+    @property
+    def updates_best(self) -> bool:
+        """Whether the best weights also go to checkpoints/best.pth: those of our network on 32x32 real images."""
+        return self.dataset != "synthetic" and (self.model, self.image_size) == ("mobilenetv3", 32)
+
 
 def check_value(f: Field, value: Any) -> None:
     """Raise ValueError unless `value` suits the field's type, range, choices and pattern."""
@@ -109,7 +114,7 @@ def check_value(f: Field, value: Any) -> None:
         raise ValueError(f"{f.name} must not be empty")
 
 
-# What each preset changes in the base recipe. Editing a default moves neither.
+# A preset is the base recipe (each setting's `base`) with these changes. Editing a default changes no preset.
 # result1 to result6 are the experiments of the report: AdamW, learning rate 1e-2. Batch size, weight decay (given for
 # result5 only), no augmentation and the position of the dropout are assumed. scratch is the published checkpoint's;
 # teacher fine-tunes a network that was trained on ImageNet.

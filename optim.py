@@ -126,15 +126,16 @@ DISTILLATION = {"kl": kl_loss, "standardised": standardised_loss, "mse": mse_los
 
 
 class Teacher:
-    """A model in eval mode whose logits another one learns, in bfloat16 where the device is faster in it.
+    """A model in eval mode whose logits another one learns, in half precision where the device is faster in it.
 
     It sees the same view of each image as the student (consistent teaching: Beyer et al., 2022). The logits of an epoch
     are in `made`; given back when the same views come again, they spare the teacher's forward pass.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device = model.to(device, memory_format=torch.channels_last), device
-        self.fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        self.autocast = torch.autocast(device.type, dtype, enabled=fast)
         self.start_epoch()
 
     def start_epoch(self, known: Tensor | None = None) -> None:
@@ -146,7 +147,7 @@ class Teacher:
         """Logits (N, 100), float32, for the normalised images (N, 3, H, W) of the epoch's next batch."""
         if self.known is not None:
             return next(self.known).float()
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.fast):
+        with torch.inference_mode(), self.autocast:
             logits = self.model(images).half()
         self.made.append(logits.clone())  # outside of inference mode, so that a loss can save it for its gradient
         return self.made[-1].float()

@@ -34,6 +34,7 @@ class TrainState:
         self.config, self.device = config, device
         resumed = folder is not None and (folder / "last.pth").exists()
         self.model = new_model(config, resumed).to(device, memory_format=torch.channels_last)
+        # What the loop calls. The model itself stays unwrapped, and so do the names in its state_dict.
         self.forward = DistributedDataParallel(self.model) if utils.processes() > 1 else self.model
         cuda = device.type == "cuda"
         if config.compile:  # with CUDA graphs on a GPU
@@ -46,8 +47,9 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=cuda and dtype is torch.float16)
         self.teacher: Teacher | None = None
         if config.teacher != "none":
-            path = folder / "teacher.pth" if resumed else Path(config.teacher)
-            self.teacher = Teacher(load_model(checkpoint.load(path), path), device)
+            kept = folder / "teacher.pth" if folder else None
+            path = kept if kept and kept.exists() else Path(config.teacher)
+            self.teacher = Teacher(load_model(checkpoint.load(path), path), device, dtype)
         self.history: History = []
 
     @property
@@ -117,7 +119,7 @@ def check_finite(state: TrainState, loss: float, epoch: int) -> None:
 def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Labelled, folder: Path) -> None:
     """Train the epochs that are left; after each, the first process prints its lines and writes the run's files."""
     config, first, drawn = state.config, utils.rank() == 0, time.monotonic()
-    to_tensorboard = utils.open_tensorboard(folder, len(state.history) + 1) if config.tensorboard and first else None
+    writer = utils.open_tensorboard(folder, len(state.history) + 1) if config.tensorboard and first else None
     for epoch in range(len(state.history) + 1, config.epochs + 1):
         print(f"Epoch {epoch}/{config.epochs}")
         start = time.perf_counter()
@@ -136,7 +138,7 @@ def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Lab
         row.update(epoch=epoch, lr=state.scheduler.get_last_lr()[0], train_loss=loss, train_accuracy=accuracy)
         state.scheduler.step()
         if not first:
-            continue
+            continue  # what follows must not wait for the other processes
         print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
         if config.validation_per_class:
             scores = evaluate(state.eval_model, validation)
@@ -146,12 +148,13 @@ def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Lab
         parts = {name: part.state_dict() for name, part in state.parts().items()}
         weights = state.eval_model.state_dict()
         best = checkpoint.save_epoch(folder, asdict(config), state.history, parts, weights)
-        if best and updates_best(config):
+        if best and config.updates_best:
             checkpoint.copy(folder / "best.pth", checkpoint.BEST)
         if best and config.validation_per_class:
             print("Saved Best Model")
-        if to_tensorboard:
-            to_tensorboard(state.history[-1])
+        for name, value in state.history[-1].items() if writer else ():
+            if value is not None:
+                writer.add_scalar(name, value, epoch)
         print(f"Learning Rate: {state.scheduler.get_last_lr()[0]:.6f}", flush=True)
         if time.monotonic() - drawn > 60:  # drawing takes half a second
             checkpoint.draw_curves({folder.name: state.history}, folder / "curves.png")
@@ -183,7 +186,7 @@ def train(config: Config, folder: Path | None = None) -> Path:
             if utils.rank() == 0:  # again, as a crash may have come before it, or another run after it
                 checkpoint.write_log(folder / "log.csv", state.history)
                 checkpoint.draw_curves({folder.name: state.history}, folder / "curves.png")
-                if updates_best(config):
+                if config.updates_best:
                     checkpoint.copy(folder / "best.pth", checkpoint.BEST)
     except KeyboardInterrupt:
         go_on = f"Go on with: python train.py --resume {shlex.quote(str(folder))}"
@@ -194,11 +197,6 @@ def train(config: Config, folder: Path | None = None) -> Path:
             raise UserError(f"torch.compile failed: {utils.one_line(error)}. Train without --compile") from error
         raise
     return folder
-
-
-def updates_best(config: Config) -> bool:
-    """Whether a run's best weights are copied to checkpoints/best.pth: our network on 32x32 images of CIFAR-100."""
-    return config.dataset != "synthetic" and (config.model, config.image_size) == ("mobilenetv3", 32)
 
 
 def announce(state: TrainState, images: int, folder: Path) -> None:
@@ -239,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     utils.stop_on_signals()
     utils.keep_freed_memory()
     config = resumed_config(arguments.resume, arguments.given) if arguments.resume else arguments.config
-    with utils.process_group():
+    with utils.process_group(config.device):
         folder = train(config, arguments.resume)
         if utils.rank() == 0:
             print(summary(folder, config))

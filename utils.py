@@ -135,7 +135,7 @@ def rank() -> int:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What the first process makes, in all of them."""
+    """Call `make` in the first process; its result in all of them."""
     made = [make() if rank() == 0 else None]
     if processes() > 1:
         dist.broadcast_object_list(made)
@@ -143,28 +143,33 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the other processes that torchrun started, where it did; only the first one prints then.
+def process_group(device: str) -> Iterator[None]:
+    """Join the other processes that torchrun started, where it did, each with a GPU of its own; only the first prints.
 
-    Raises UserError in the first where another one ends before its time; torchrun itself names the one that did.
+    Raises UserError where there are too few GPUs, and in the first process where the others cannot be reached.
     """
     if not dist.is_torchelastic_launched():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if ":" in device:
+        raise UserError(f"several processes cannot share {device}. Give --device cuda")
+    cuda = choose_device(device).type == "cuda"
+    if cuda and (gpu := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
+        raise UserError(f"there is no GPU for process {gpu + 1}: torch sees {torch.cuda.device_count()}. Start fewer")
     try:
+        if cuda:
+            torch.cuda.set_device(gpu)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         with redirect_stdout(io.StringIO() if rank() else sys.stdout):
             yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        if rank():
-            sys.exit(1)
-        raise UserError("another process of this run has ended. Go on with --resume") from error
-    finally:
-        dist.destroy_process_group()
+        if dist.is_initialized() and rank():
+            sys.exit(1)  # the first process says it
+        reason = one_line(error).partition(". ")[0]
+        raise UserError(f"the processes cannot go on together, one may have ended: {reason}. Try --resume") from error
+    dist.destroy_process_group()  # not after an error: it would wait for processes that have ended
 
 
 def choose_device(name: str) -> torch.device:
@@ -202,6 +207,7 @@ def provenance(device: str) -> dict[str, str | None]:
         names = re.findall(r"^model name\s*: (.+)$", cpus.read_text(), re.MULTILINE) if cpus.exists() else []
         threads = torch.get_num_threads()
         machine = f"{[*names, platform.machine()][0]}, {threads} thread{'s' * (threads > 1)}"
+    machine = f"{processes()} x {machine}" if processes() > 1 else machine
     return {"torch": str(torch.__version__), "commit": commit, "machine": machine}
 
 
@@ -219,24 +225,17 @@ def keep_freed_memory() -> None:
     mallopt(m_arena_max, 1)
 
 
-def open_tensorboard(folder: Path, epoch: int) -> Callable[[dict[str, Any]], None]:
-    """A function that writes a row of the log to the folder for TensorBoard, from `epoch` on. Raises UserError."""
+def open_tensorboard(folder: Path, epoch: int) -> Any:
+    """A torch.utils.tensorboard.SummaryWriter that goes on with `epoch`. Raises UserError."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--tensorboard needs tensorboard. Run: pip install -r requirements-tools.txt") from error
-    writer = SummaryWriter(str(folder), purge_step=epoch, flush_secs=10)
-
-    def add(row: dict[str, Any]) -> None:
-        for name in row.keys() - {"epoch"}:
-            if row[name] is not None:
-                writer.add_scalar(name, row[name], row["epoch"])
-
-    return add
+    return SummaryWriter(str(folder), purge_step=epoch, flush_secs=10)
 
 
 def progress_bar(loader: Any, meter: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The loader's batches; on a terminal, the first process shows what evaluate.Meter has, and the time left."""
+    """The loader's batches, under a bar with the meter's loss and accuracy: on a terminal, by the first process."""
     total, disable = len(loader) * loader.batch_size, True if rank() else None
     with tqdm(total=total, unit=" images", disable=disable, leave=False, mininterval=0.5) as bar:
         for images, labels in loader:

@@ -68,8 +68,6 @@ def test_pt2_gives_the_checkpoints_probabilities(model: nn.Module, tmp_path: Pat
 def test_onnx_gives_the_checkpoints_probabilities(model: nn.Module, tmp_path: Path, capsys) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    if torch.__version__ < (2, 5):
-        pytest.skip("torch before 2.5 exports no ONNX")
     source, path = write_checkpoint(tmp_path / "any.pth", model, test={"accuracy": 71.25}), tmp_path / "any.onnx"
     assert export.main([str(path), "--checkpoint", str(source)]) == 0
     output = capsys.readouterr()
@@ -160,8 +158,6 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The published weights, as a checkpoint for synthetic images, and its float32 file beside it."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
-    if torch.__version__ < (2, 5):
-        pytest.skip("torch before 2.5 exports no ONNX")
     path, content = tmp_path_factory.mktemp("shipped") / "any.pth", checkpoint.load(checkpoint.PUBLISHED)
     checkpoint.save(path, content | {"config": content["config"] | {"dataset": "synthetic"}})
     assert export.main([str(path.with_suffix(".onnx")), "--checkpoint", str(path)]) == 0
@@ -295,8 +291,6 @@ def test_export_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatc
     monkeypatch.setattr(quantize, "find_spec", lambda name: None if name == "onnxscript" else found(name) or "there")
     line = error(tmp_path / "any.onnx", "--int8", "--checkpoint", source)
     assert "onnxscript" in line and "pip install -r requirements-tools.txt" in line
-    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.4.1"))
-    assert "torch 2.5" in error(tmp_path / "any.onnx", "--checkpoint", source)
     with pytest.raises(SystemExit) as stopped:
         export.main([str(tmp_path / "any.txt")])
     (line,) = capsys.readouterr().err.splitlines()

@@ -96,8 +96,6 @@ def test_all_files_give_the_models_classes(tmp_path: Path, monkeypatch: pytest.M
     """A whole measurement of the published weights, short and in this process."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
-    if torch.__version__ < (2, 5):
-        pytest.skip("torch before 2.5 exports no ONNX")
     path, content = tmp_path / "any.pth", checkpoint.load(checkpoint.PUBLISHED)
     checkpoint.save(path, content | {"config": content["config"] | {"dataset": "synthetic"}})
     monkeypatch.setattr(latency, "in_process", lambda function, *arguments: function(*arguments))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import checkpoint
 import data
 import train
+import utils
 from augment import Loader, build_loader
 from tests.helpers import EVERYTHING, TINY, log_rows
 from utils import UserError
@@ -139,6 +140,16 @@ def test_parts_make_up_the_batches() -> None:
         assert torch.equal(torch.stack([piece[0] for piece in pieces], 1).flatten(0, 1), images)
         assert torch.equal(torch.stack([piece[1] for piece in pieces], 1).flatten(0, 1), labels)
     assert len({loader.view for loader in (whole, *parts)}) == 5, "kept logits are of one part"
+
+
+def test_processes_need_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for device, message in (("cuda:0", "cannot share cuda:0"), ("auto", "no GPU for process 3: torch sees 2")):
+        with pytest.raises(UserError, match=message), utils.process_group(device):
+            pass
 
 
 def test_batches_that_cannot_be_divided_are_refused() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import checkpoint
 import train
@@ -42,6 +43,13 @@ def test_each_run_has_a_seed_of_its_own() -> None:
     assert [run.seed for run in runs] == [5, 6, 7]
     assert {replace(run, seed=0) for run in runs} == {replace(runs[0], seed=0)}
     assert runs[0].epochs == 1
+
+
+def test_seeds_under_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    with pytest.raises(SystemExit) as stopped:
+        seeds.configs(["3", *FLAGS])
+    assert stopped.value.code == 2 and "without torchrun" in capsys.readouterr().err
 
 
 def test_one_seed_has_no_standard_deviation() -> None:

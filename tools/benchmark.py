@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.part:
         if arguments.part not in USUAL:
             keep_freed_memory()  # as train.py and evaluate.py do
-        with process_group():
+        with process_group("cpu"):
             print(json.dumps(PARTS[arguments.part]()))
         return 0
     if arguments.latency or arguments.checkpoint:

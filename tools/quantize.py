@@ -35,8 +35,6 @@ class Batches:
 
 def need_onnx() -> None:
     """Raise UserError where ONNX cannot be written or checked."""
-    if torch.__version__ < (2, 5):
-        raise UserError(f".onnx needs torch 2.5 or newer, this is {torch.__version__}. Update it, or export a .pt2")
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         raise UserError(f"not installed: {', '.join(missing)}. Run: pip install -r requirements-tools.txt")
 

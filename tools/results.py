@@ -78,6 +78,7 @@ def results_page(records: Records, logs: Logs) -> str:
         "experiments_table": tables.experiments_table(records),
         "curves": tables.curves(records),
         "fractions": tables.fractions(records),
+        "teachers_table": tables.teachers_table(records),
         "ablation_table": tables.ablation_table(ablations, logs),
         "others_table": tables.others_table(read_json(RESULTS / "others.json"), records),
     }

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or OpenMP's idle threads take the cores from other processes
 
+import torch
+
 import train
 from checkpoint import load
 from config import Config, OneLineParser, parse_command_line
@@ -25,6 +27,8 @@ def configs(argv: list[str] | None = None) -> list[Config]:
     if not 1 <= arguments.count <= MAX_SEEDS:
         parser.error(f"N must be between 1 and {MAX_SEEDS}, not {arguments.count}")
     run = parse_command_line(arguments.flags)
+    if torch.distributed.is_torchelastic_launched():
+        parser.error("seeds are trained one after the other: start it without torchrun")
     if run.resume:
         parser.error("--resume goes on with one run: python train.py --resume RUN")
     if not run.config.validation_per_class:
