@@ -1,5 +1,6 @@
 """A teacher: the losses against formulas, the same view for both, kept logits, other networks, bad input."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import data
 import evaluate
 import model as models
 import optim
@@ -293,3 +295,15 @@ def test_an_unknown_network_is_one_line(tiny: Config) -> None:
     pytest.importorskip("timm")
     with pytest.raises(UserError, match="timm cannot make model nosuch"):
         train.train(replace(tiny, model="nosuch"))
+
+
+def test_the_shipped_teacher_is_the_recorded_one(cifar100: dict[str, np.ndarray]) -> None:
+    """It has not seen the validation images; 300 of them tell 81 % from a damaged network."""
+    pytest.importorskip("timm")
+    path = Path("checkpoints/teacher.pth")
+    content, record = checkpoint.load(path), json.loads(Path("docs/results/teacher.json").read_text())
+    assert (content["run"], content["test"]["accuracy"]) == (record["run"], record["test"]["accuracy"])
+    images, labels = data.load_training("cifar100", Config.data_dir, content["config"]["validation_per_class"])[1]
+    shown = slice(0, None, len(labels) // 300)
+    scores = evaluate.evaluate(evaluate.load_model(content, path), (images[shown], labels[shown]))
+    assert scores.top1 == pytest.approx(record["validation"]["accuracy"], abs=6)
