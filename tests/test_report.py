@@ -177,3 +177,9 @@ def test_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatch: pyte
     assert "file" in error("--checkpoint", path, "--output", tmp_path / "file" / "index.html")
     path = write_checkpoint(tmp_path / "any.pth", model, temperature=-1.0)
     assert "any.pth holds a temperature that is no number from" in error("--checkpoint", path)
+
+
+def test_another_network_is_one_stage() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.Flatten(), torch.nn.Linear(4096, 100))
+    (row,) = report.stages(network)
+    assert (row.name, row.output, row.parameters) == ("network", "100", 12 + 409_700)

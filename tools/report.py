@@ -21,6 +21,7 @@ import checkpoint
 import data
 import evaluate
 from config import Config, OneLineParser
+from model import MobileNetV3
 from tools import calibrate
 from tools.labels import class_names, human, superclasses
 from tools.results import latency_section
@@ -114,9 +115,11 @@ def calibrated(logits: Tensor, labels: Tensor) -> Calibration:
 
 
 def stages(model: nn.Module) -> list[Stage]:
-    """The model's stages from input to output."""
-    parts = {"stem": model.stem} | {f"block {i}": block for i, block in enumerate(model.blocks, start=1)}
-    parts |= {"head": model.head, "classifier": nn.Sequential(model.pool, nn.Flatten(), model.classifier)}
+    """Our network's stages from input to output; another network is one stage."""
+    parts = {"network": model}
+    if isinstance(model, MobileNetV3):
+        parts = {"stem": model.stem} | {f"block {i}": block for i, block in enumerate(model.blocks, start=1)}
+        parts |= {"head": model.head, "classifier": nn.Sequential(model.pool, nn.Flatten(), model.classifier)}
     rows, x = [], torch.zeros(1, 3, data.SIDE, data.SIDE)
     for name, part in parts.items():
         operations, parameters = thop.profile(copy.deepcopy(part), (x,), verbose=False)
