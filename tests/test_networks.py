@@ -1,0 +1,84 @@
+"""Other networks: which files they write, how they are fused, trained and graded, and weights to start from."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import evaluate
+import model as models
+import train
+from config import Config
+from utils import UserError
+
+CPU = torch.device("cpu")
+TIMM = "tf_efficientnet_lite0"
+
+
+def test_only_our_network_on_cifar100_updates_best_pth(tiny: Config) -> None:
+    real = replace(tiny, dataset="cifar100", images_per_class=0)
+    assert real.updates_best
+    for other in ({"dataset": "synthetic"}, {"model": TIMM}, {"image_size": 64}):
+        assert not replace(real, **other).updates_best
+
+
+def test_other_networks_are_fused_only_where_that_is_exact() -> None:
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    torch.manual_seed(0)
+    for layers in ([nn.Conv2d(3, 4, 1), Activated(4)], [nn.ReLU(), nn.BatchNorm2d(3)], [nn.Conv2d(3, 4, 1)]):
+        other, images = nn.Sequential(*layers).eval(), torch.randn(2, 3, 5, 5)
+        assert torch.equal(evaluate.fuse_batchnorm(other)(images), other(images))
+
+
+def test_any_timm_network_is_trained_graded_and_teaches(tiny: Config, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("timm")
+    settings = {"epochs": 1, "images_per_class": 4, "batch_size": 32, "optimizer": "adamw", "lr": 1e-3}
+    folder = train.train(replace(tiny, **settings, model=TIMM, image_size=40))
+    assert evaluate.main(["--checkpoint", str(folder / "best.pth")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3] != "flops = 11776320" and lines[-2] != "Model parameter size = 3814.391 kB"
+    train.train(replace(tiny, **settings, teacher=str(folder / "best.pth")))
+
+
+def test_weights_are_matched_by_name_or_by_order(model: nn.Module, tmp_path: Path) -> None:
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    weights["classifier.weight"], weights["classifier.bias"] = torch.zeros(10, 960), torch.zeros(10)
+    by_order = {f"other.{i}": value for i, value in enumerate(weights.values())}
+    for content in (weights, by_order):
+        torch.save(content, tmp_path / "weights.pth")
+        other = models.MobileNetV3()
+        own = other.classifier.weight.clone()
+        taken, count = models.load_weights(other, checkpoint.read_weights(tmp_path / "weights.pth"))
+        assert (taken, count) == (len(weights) - 2, len(weights))
+        assert torch.equal(other.head[0].weight, model.head[0].weight)
+        assert torch.equal(other.blocks[4].project[1].running_var, model.blocks[4].project[1].running_var)
+        assert torch.equal(other.classifier.weight, own), "a new classifier"
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert checkpoint.read_weights(tmp_path / "old.pth").keys() == weights.keys(), "torch's older format"
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(weights, tmp_path / "weights.safetensors")  # sorts its tensors: by name only
+    found = checkpoint.read_weights(tmp_path / "weights.safetensors")
+    assert models.load_weights(models.MobileNetV3(), found)[0] == len(weights) - 2
+
+
+def test_a_run_starts_from_weights_and_resumes_without_them(tiny: Config, model: nn.Module, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    config = replace(tiny, epochs=1, weights=str(tmp_path / "weights.pth"))
+    state = train.TrainState(config, CPU)
+    assert all(torch.equal(value, state.model.state_dict()[name]) for name, value in model.state_dict().items())
+    assert torch.equal(state.ema.model.head[0].weight, model.head[0].weight)
+    folder = train.train(config)
+    (tmp_path / "weights.pth").unlink()
+    train.train(config, folder)
+
+
+def test_an_unknown_network_is_one_line(tiny: Config) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="timm cannot make model nosuch"):
+        train.train(replace(tiny, model="nosuch"))
