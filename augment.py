@@ -198,9 +198,12 @@ class Loader:
     @property
     def view(self) -> str:
         """A name for the epoch's images: epochs of the same name have the same ones, in the same order."""
-        small, several = "-small" * self.small, self.shard.step not in (None, 1)
-        shard = f"-{self.shard.start + 1}of{self.shard.step}" if several else ""
-        return f"{self.repeated_epoch}{small}{shard}-{self.labels.device.type}"  # devices draw other random numbers
+        shard = f"-{self.shard.start + 1}of{self.shard.step}" if self.shard.step not in (None, 1) else ""
+        return f"{self.repeated_epoch}{shard}-{self.labels.device.type}"  # devices draw other random numbers
+
+    def resize(self, images: Tensor) -> Tensor:
+        """The images as the model sees them in this epoch: 24x24 or as they are. A teacher sees them as they are."""
+        return F.interpolate(images, SMALL_SIDE, mode="bilinear", antialias=True) if self.small else images
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -227,8 +230,6 @@ class Loader:
             images = cutout(images, config.cutout, generator)
         if self.mixers and torch.rand(()).item() < config.mix_prob:
             images, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](images, labels)
-        if self.small:
-            images = F.interpolate(images, SMALL_SIDE, mode="bilinear", antialias=True)
         return images, labels
 
 

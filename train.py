@@ -93,7 +93,7 @@ def train_one_epoch(state: TrainState, loader: Loader, criterion: Criterion) -> 
     for images, labels in progress_bar(loader, meter):
         state.optimizer.zero_grad()
         with state.autocast:
-            logits = state.forward(images)
+            logits = state.forward(loader.resize(images))
             loss = criterion(images, logits, labels)
         state.scaler.scale(loss).backward()
         state.scaler.step(state.optimizer)

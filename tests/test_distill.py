@@ -86,7 +86,7 @@ def test_label_weight_adds_the_labels_loss() -> None:
 
 
 def test_the_teacher_sees_the_students_view(tiny: Config, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of mixed and of small images; it gives the logits of its own model in eval mode."""
+    """Also of mixed images. In the small epochs the student sees them at 24x24, the teacher as they are."""
     config = replace(tiny, teacher=str(teacher), mixup=0.2, small_fraction=1.0)
     state = train.TrainState(config, CPU)
     seen = []
@@ -95,8 +95,9 @@ def test_the_teacher_sees_the_students_view(tiny: Config, teacher: Path, monkeyp
     monkeypatch.setattr(state.teacher.model, "forward", lambda x: seen.append(x) or torch.zeros(len(x), 100))
     state.forward = lambda x: seen.append(x) or state.model(x)
     train.train_one_epoch(state, build_loader(config, CPU)[0], train.build_criterion(config, state.teacher))
+    loader = build_loader(config, CPU)[0]
     assert len(seen) == 14 and seen[0].shape[-1] == 24
-    assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
+    assert all(torch.equal(a, loader.resize(b)) for a, b in zip(seen[::2], seen[1::2], strict=True))
 
 
 def test_a_teacher_gives_the_logits_of_its_model(
