@@ -40,7 +40,12 @@ def check_fails(capsys: pytest.CaptureFixture) -> str:
 
 def run(name: str, claimed: float, test: float | None = None, train_eval: float | None = None) -> dict[str, Any]:
     """A record with the figures that the sentences need."""
-    record: dict[str, Any] = {"name": name, "claimed": {"accuracy": claimed, "epoch": "best"}, "history": []}
+    record: dict[str, Any] = {
+        "name": name,
+        "claimed": {"accuracy": claimed, "epoch": "best"},
+        "history": [],
+        "train": None,
+    }
     record["test"] = None if test is None else {"accuracy": test, "images": 10_000}
     return record | {"train_eval": None if train_eval is None else {"accuracy": train_eval}}
 
@@ -145,7 +150,8 @@ def test_fractions_agree_or_not() -> None:
     assert "| `result3` | 80.00 % | not measured | not measured | not measured |" in text
     assert "\n\n2 of 6 fractions can be computed. They lie between 56.0 and 60.0 %" in text
     assert text.endswith("4.0 points apart: they agree within 5 points.")
-    records["result2"] = run("result2", 50, test=40, train_eval=90)
+    records["result2"] = run("result2", 50, test=40) | {"train": {"accuracy": 90}}
+    assert "| `result2` | 50.00 % | 90.00 % (running) | 40.00 % | 20.00 % |" in tables.fractions(records)
     assert "do not agree within 5 points" in tables.fractions(records)
 
 

@@ -185,13 +185,19 @@ def fraction(claimed: float, seen: float, held_out: float) -> float:
 
 
 def fractions(records: Records) -> str:
-    """The fraction f of each experiment, and whether those that are known agree."""
+    """The fraction f of each experiment, and whether those that are known agree.
+
+    Where a run's weights were not scored on their training images, its log's running accuracy stands in for it.
+    """
     rows, known = [], []
     for run in (records[name] for name in EXPERIMENTS):
-        figures = [accuracy(run, part) for part in ("claimed", "train_eval", "test")]
+        claimed, seen, running, test = (accuracy(run, part) for part in ("claimed", "train_eval", "train", "test"))
+        figures = [claimed, running if seen is None else seen, test]
         value = None if None in figures else 100 * fraction(*figures)
         known += [] if value is None else [value]
-        rows.append([f"`{run['name']}`", *map(percent, figures), percent(value)])
+        cells = [percent(figure) for figure in figures]
+        cells[1] += " (running)" * (seen is None and running is not None)
+        rows.append([f"`{run['name']}`", *cells, percent(value)])
     text = f"{len(known)} of {len(EXPERIMENTS)} fractions can be computed"
     if len(known) > 1:
         apart = max(known) - min(known)
