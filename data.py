@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from synthetic import synthetic
 from utils import UserError, atomic_write, locked, one_line, remove_partial
 
 SIDE = 32  # pixels
@@ -66,7 +65,7 @@ def load_test(dataset: str, data_dir: str) -> Images:
 def load(dataset: str, data_dir: str, source: str, per_class: int = 0) -> Images:
     """All "train" or "test" images of a data set; of the synthetic one `per_class` images a class (0: all)."""
     if dataset == "synthetic":
-        return Images(*synthetic(**SYNTHETIC[source] | ({"per_class": per_class} if per_class else {})))
+        return synthetic(**SYNTHETIC[source] | ({"per_class": per_class} if per_class else {}))
     if not data_dir:
         raise DataError("data_dir must not be empty")
     path = Path(data_dir) / "cifar100.npz"
@@ -75,6 +74,25 @@ def load(dataset: str, data_dir: str, source: str, per_class: int = 0) -> Images
     arrays = read(path, source)
     images = torch.from_numpy(arrays[f"{source}_images"]).permute(0, 3, 1, 2)
     return Images(images, torch.from_numpy(arrays[f"{source}_labels"]).long())
+
+
+def synthetic(per_class: int, seed: int) -> Images:
+    """Generated images that stand in for CIFAR-100, so that the program can be tried without a download.
+
+    There are ten patterns. The label's tens choose the upper half's, its ones that of the lower half. Offset, the two
+    colours and noise are random, so that single pixels say next to nothing about the class.
+    """
+    patterns = torch.rand(10, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5  # the same for every seed
+    patterns = patterns.repeat_interleave(4, 1).repeat_interleave(8, 2)  # (10, 16, 32)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(CLASSES).repeat_interleave(per_class)
+    masks = torch.cat([patterns[labels // 10], patterns[labels % 10]], 1)  # (N, 32, 32)
+    rows, columns = (torch.arange(SIDE) + torch.randint(6, (2, len(labels), 1), generator=generator)) % SIDE
+    masks = masks[torch.arange(len(labels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    colour, contrast = torch.rand(2, len(labels), 1, 1, 3, generator=generator)
+    images = torch.where(masks[..., None], colour, (colour + 0.3 + 0.4 * contrast) % 1).mul_(255)  # (N, 32, 32, 3)
+    images.add_(torch.randn(images.shape, generator=generator), alpha=12)  # in place, for the memory
+    return Images(images.clamp_(0, 255).to(torch.uint8).permute(0, 3, 1, 2), labels)
 
 
 def split(labels: Tensor, validation_per_class: int, images_per_class: int = 0) -> tuple[Tensor, Tensor]:

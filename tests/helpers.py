@@ -13,7 +13,7 @@ from torch import nn
 import checkpoint
 import data
 from config import Config, preset
-from synthetic import synthetic
+from data import synthetic
 
 # A run of some seconds: 500 training and 300 validation images of the synthetic set, 7 steps an epoch.
 # It starts from a preset, so that a default can be edited and the suite still passes.

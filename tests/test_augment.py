@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 import augment
 import data
 from config import Config, preset
-from synthetic import synthetic
+from data import synthetic
 
 PLAIN = Config(**preset("result6"))  # no augmentation
 
@@ -205,13 +205,16 @@ def test_no_two_seeds_and_epochs_share_random_numbers() -> None:
 def test_the_first_epochs_have_small_images(images: Tensor, fraction: float, epochs: int, small: int) -> None:
     train = data.Images(images[:2], torch.arange(2))
     loader = augment.Loader(train, replace(PLAIN, small_fraction=fraction, epochs=epochs))
-    sides = [epoch_of(loader, epoch)[0].shape[-1] for epoch in range(epochs)]
+    sides = []
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        sides += [loader.resize(images).shape[-1] for images, _ in loader]
     assert sides == [24] * small + [32] * (epochs - small)
 
 
 def test_small_images_are_reduced_as_pil_does(images: Tensor) -> None:
-    train, index = data.Images(images, torch.arange(100)), torch.arange(100)
-    small, _ = augment.Loader(train, replace(PLAIN, small_fraction=1.0)).augment(index, seeded())
+    train = data.Images(images, torch.arange(100))
+    small = augment.Loader(train, replace(PLAIN, small_fraction=1.0)).resize(data.normalise(images))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.MEAN, data.STD))
     for image, reduced in zip(images, small, strict=True):
         expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((24, 24), Image.Resampling.BILINEAR)

@@ -12,7 +12,7 @@ import checkpoint
 import data
 import evaluate
 from config import Config
-from synthetic import synthetic
+from data import synthetic
 from tools import calibrate
 from tools.predict import open_checkpoint, probabilities
 from tools.report import calibration

@@ -14,7 +14,7 @@ import torch
 from torchvision.datasets import CIFAR100
 
 import data
-from synthetic import synthetic
+from data import synthetic
 from tests.helpers import Bomb, small_set, taken_for_official
 
 Arrays = dict[str, np.ndarray]

@@ -14,7 +14,7 @@ from torch import nn
 import checkpoint
 import data
 import evaluate
-from synthetic import synthetic
+from data import synthetic
 from tests.helpers import write_checkpoint
 
 
@@ -69,7 +69,7 @@ def test_published_checkpoint_is_small_and_plain() -> None:
 
 
 def test_scores_do_not_depend_on_the_batch_and_change_nothing(model: nn.Module) -> None:
-    images = data.Images(*synthetic(3, seed=0))
+    images = synthetic(3, seed=0)
     before = copy.deepcopy(model.state_dict())
     scores = [evaluate.evaluate(model, images, batch) for batch in (7, 100, 300)]
     assert all(score == pytest.approx(scores[0], abs=1e-4) for score in scores)

@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import evaluate
-from data import SIDE
+from data import SIDE, synthetic
 from model import BLOCKS, CLASSES, HEAD, STEM, MobileNetV3
-from synthetic import synthetic
 from tools import export, latency, quantize
 from tools.benchmark import PARTS
 from utils import UserError

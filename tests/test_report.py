@@ -11,7 +11,7 @@ from torch import nn
 import checkpoint
 import data
 import evaluate
-from synthetic import synthetic
+from data import synthetic
 from tests.helpers import made_up_latency, write_checkpoint
 from tools import calibrate, labels, report, results
 
@@ -19,7 +19,7 @@ from tools import calibrate, labels, report, results
 @pytest.fixture(autouse=True)
 def training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two generated images a class are the training and the validation images of every run."""
-    images = data.Images(*synthetic(2, seed=0))
+    images = synthetic(2, seed=0)
     monkeypatch.setattr(data, "load_training", lambda *arguments: (images, images))
 
 
@@ -57,7 +57,7 @@ def test_page_is_complete_and_needs_no_other_file(
     dataset: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """Two generated images a class; for cifar100 under that set's names."""
-    test = data.Images(*synthetic(2, seed=0))
+    test = synthetic(2, seed=0)
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
     path, output = write_checkpoint(tmp_path / "a<b.pth", model, dataset), tmp_path / "new" / "index.html"
     assert report.main(["--checkpoint", str(path), "--output", str(output)]) == 0
@@ -68,9 +68,9 @@ def test_page_is_complete_and_needs_no_other_file(
     assert "://" not in page and "<script" not in page and "url(" not in page and "<link" not in page
     assert set(re.findall(r'(?:src|href|srcset)="([^"]{,22})', page)) == {"data:image/png;base64,"}
     assert page.count("<img") == page.count('<img alt="') and '<html lang="en">' in page
-    shapes = [f"shape {i // 10}, texture {i % 10}" for i in range(100)]
-    names = shapes if dataset == "synthetic" else [labels.human(name) for name in labels.NAMES]
-    groups = [f"shape {i}" for i in range(10)] if dataset == "synthetic" else map(labels.human, labels.SUPERCLASSES)
+    groups, names = list(map(labels.human, labels.SUPERCLASSES)), list(map(labels.human, labels.NAMES))
+    if dataset == "synthetic":
+        groups, names = [f"textures {i} to {i + 9}" for i in range(0, 100, 10)], [f"texture {i}" for i in range(100)]
     assert all(page.count(f'<th scope="row">{name}</th>') == 1 for name in [*names, *groups])
     assert page.count(f"({dataset})</h2>") == page.count("<h2>") == 6
     assert "flops = 11776320" in page and "3814.391 kB" in page
@@ -79,7 +79,7 @@ def test_page_is_complete_and_needs_no_other_file(
 
 def test_known_predictions_are_counted_right(monkeypatch: pytest.MonkeyPatch, model: nn.Module, tmp_path: Path) -> None:
     """All of class 0 taken for class 1 of its superclass, one image of class 99 for 0, all else right."""
-    test = data.Images(*synthetic(2, seed=0))
+    test = synthetic(2, seed=0)
     predicted = test.labels.clone()
     predicted[:2], predicted[-1] = 1, 0
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
@@ -87,26 +87,26 @@ def test_known_predictions_are_counted_right(monkeypatch: pytest.MonkeyPatch, mo
     results = report.compute(write_checkpoint(tmp_path / "any.pth", model))
     assert (results.images, results.top1) == (200, 197)
     supers, classes = {name: rest for name, *rest in results.superclasses}, dict(results.classes)
-    assert supers["shape 0"] == [0.9, 1.0] and supers["shape 9"] == [0.95, 0.95]
-    assert classes["shape 0, texture 0"] == 0 and classes["shape 9, texture 9"] == 0.5
-    assert classes["shape 5, texture 5"] == 1
+    assert supers["textures 0 to 9"] == [0.9, 1.0] and supers["textures 90 to 99"] == [0.95, 0.95]
+    assert classes["texture 0"] == 0 and classes["texture 99"] == 0.5
+    assert classes["texture 55"] == 1
     page = report.render(results)
     cells = {
-        name: re.findall(rf"{name}</th><td[^>]*>([\d.]+) %</td>(?:<td[^>]*>([\d.]+) %)?", page)
-        for name in ("shape 0", "shape 9", "shape 0, texture 0", "shape 9, texture 9")
+        name: re.findall(rf">{name}</th><td[^>]*>([\d.]+) %</td>(?:<td[^>]*>([\d.]+) %)?", page)
+        for name in ("textures 0 to 9", "textures 90 to 99", "texture 0", "texture 99")
     }
-    assert cells["shape 0"] == [("90.00", "100.00")] and cells["shape 9"] == [("95.00", "95.00")]
-    assert cells["shape 0, texture 0"] == [("0.00", "")] and cells["shape 9, texture 9"] == [("50.00", "")]
+    assert cells["textures 0 to 9"] == [("90.00", "100.00")] and cells["textures 90 to 99"] == [("95.00", "95.00")]
+    assert cells["texture 0"] == [("0.00", "")] and cells["texture 99"] == [("50.00", "")]
     assert re.findall("<h3>(.*?)</h3>", page) == [
-        "shape 0, texture 0 and shape 0, texture 1: 2",
-        "shape 0, texture 0 and shape 9, texture 9: 1",
+        "texture 0 and texture 1: 2",
+        "texture 0 and texture 99: 1",
     ]
 
 
 def test_latency_is_shown_for_the_checkpoint_that_it_was_measured_on(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    test = data.Images(*synthetic(1, seed=0))
+    test = synthetic(1, seed=0)
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
     monkeypatch.setattr(results, "LATENCY", tmp_path / "latency.json")
     path = write_checkpoint(tmp_path / "any.pth", model, test={"accuracy": 1.0})
@@ -131,7 +131,7 @@ def rows(page: str) -> dict[str, str]:
 
 def test_page_shows_the_calibration_before_and_after(monkeypatch, model: nn.Module, tmp_path: Path) -> None:
     """A temperature that is fitted on validation images, one that the checkpoint stores, or none, and why."""
-    test, validation = data.Images(*synthetic(3, seed=9)), data.Images(*synthetic(2, seed=0))
+    test, validation = synthetic(3, seed=9), synthetic(2, seed=0)
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
     fitted = report.compute(write_checkpoint(tmp_path / "any.pth", model))
     assert fitted.temperature == calibrate.fit(evaluate.logits(model, validation.images), validation.labels)
@@ -173,7 +173,7 @@ def test_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(data, "load_test", missing)
     assert error("--checkpoint", path) == "tools.report: error: no data"
-    monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: data.Images(*synthetic(1, seed=0)))
+    monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: synthetic(1, seed=0))
     assert "file" in error("--checkpoint", path, "--output", tmp_path / "file" / "index.html")
     path = write_checkpoint(tmp_path / "any.pth", model, temperature=-1.0)
     assert "any.pth holds a temperature that is no number from" in error("--checkpoint", path)

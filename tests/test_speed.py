@@ -14,7 +14,7 @@ import augment
 import data
 import evaluate
 from config import Config, preset
-from synthetic import synthetic
+from data import synthetic
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def fastest(action: Callable[[], object], times: int = 5) -> float:
 
 def test_a_batch_is_made_much_faster_than_from_pil_images() -> None:
     """26 times a loader's speed on two cores in docs/results/benchmark.json; here against one process of it."""
-    images = data.Images(*synthetic(2, seed=0))
+    images = synthetic(2, seed=0)
     pil_images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.images[:128]]
     steps = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(data.MEAN, data.STD)]
     crop_and_flip = replace(Config(**preset("result6")), flip=True, crop_padding=4)
@@ -51,7 +51,7 @@ def test_a_batch_is_made_much_faster_than_from_pil_images() -> None:
 
 def test_grading_in_batches_is_much_faster_than_one_at_a_time(model: nn.Module) -> None:
     """11 times in docs/results/benchmark.json."""
-    images = data.Images(*synthetic(2, seed=0))
+    images = synthetic(2, seed=0)
     fast = model.to(memory_format=torch.channels_last)
     evaluate.evaluate(fast, images)
 
