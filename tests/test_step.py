@@ -79,7 +79,7 @@ def test_loss_and_accuracy_are_those_before_the_step() -> None:
     assert not rest
     before = copy.deepcopy(state.model).train()
     torch.manual_seed(config.seed)
-    logits = before(images)
+    logits = before(loader.resize(images))
     loss = nn.functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing).item()
     meter = train.train_one_epoch(state, loader, build_criterion(config))
     accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
