@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import made_up_latency
+from tests.helpers import TINY, made_up_latency
 from tools import benchmark, latency
 from utils import UserError
 
@@ -28,6 +28,12 @@ def test_timed_counts_neither_warmup_nor_what_comes_after(monkeypatch: pytest.Mo
         taken += 1
         clock[0] += 1
     assert taken == 5 + 10 and loader.speed == 4
+
+
+def test_the_programs_own_loop_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "LIKE", TINY)
+    monkeypatch.setattr(benchmark.Timed.__init__, "__defaults__", (1, 0.1))  # warm-up batches, seconds
+    assert benchmark.our_loop() > 0
 
 
 def test_start_is_measured_up_to_the_first_step(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Timed:
 
     def __init__(self, loader: Any, warmup: int = 4, seconds: float = 12) -> None:
         self.loader, self.batch_size = loader, getattr(loader, "batch_size", 1)
+        self.resize = getattr(loader, "resize", None)  # of our own
         self.warmup, self.seconds, self.speed = warmup, seconds, 0.0
 
     def __len__(self) -> int:
