@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on their device, and the loader: pure functions of (images, generator)."""
+"""Augmentation of whole batches on their device by pure functions of (images, generator), and the loader."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -169,13 +169,8 @@ def save_epoch(
     return best
 
 
-def save_logits(path: Path, logits: Tensor) -> None:
-    """Keep a teacher's logits of an epoch, (batches, N, 100)."""
-    save(path, {"logits": logits})
-
-
 def load_logits(path: Path) -> Tensor | None:
-    """The logits that `save_logits` wrote; None where there are none, or the file is damaged: they are made again."""
+    """A teacher's logits of an epoch, (batches, N, 100); None where the file is missing or damaged: made anew."""
     try:
         return load(path)["logits"]
     except CheckpointError:
@@ -206,7 +201,7 @@ def best_row(history: History) -> dict[str, Any]:
 
 
 def draw_curves(runs: dict[str, History], path: Path) -> None:
-    """Write a PNG, 900 pixels wide: loss and accuracy over epochs, train dashed and validation solid.
+    """Write a PNG, 900 pixels wide: loss and accuracy in % over epochs, train dashed and validation solid.
 
     Each run has a colour, and a marker at its best epoch. Raises UserError where it cannot be written.
     """
@@ -215,8 +210,8 @@ def draw_curves(runs: dict[str, History], path: Path) -> None:
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     if len(runs) > 1:
         figure.suptitle("train dashed, validation solid, its best epoch marked", fontsize=11)
-    for axes, name, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy", "%"), strict=True):
-        axes.set(xlabel="epoch", ylabel=f"{name} ({unit})")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        axes.set(xlabel="epoch", ylabel=name + " (%)" * (name == "accuracy"))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.2)
         for (run, history), colour, marker in zip(runs.items(), cycle(COLOURS), cycle(MARKERS)):

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -65,7 +64,7 @@ class InvertedResidual(nn.Module):
             block.activation(inplace=True),
         )
         self.excite = SqueezeExcitation(block.hidden) if block.squeeze_excitation else nn.Identity()
-        self.project = nn.Sequential(*conv_bn(block.hidden, block.outputs, 1), *dropout_layers(dropout))
+        self.project = nn.Sequential(*conv_bn(block.hidden, block.outputs, 1), nn.Dropout(dropout))
         self.residual = block.stride == 1 and block.inputs == block.outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ class MobileNetV3(nn.Module):
         self.stem = nn.Sequential(*conv_bn(3, STEM, 3), nn.Hardswish(inplace=True))  # 16 x 32 x 32
         self.blocks = nn.Sequential(*(InvertedResidual(block, dropout) for block in BLOCKS))  # 160 x 2 x 2
         self.head = nn.Sequential(*conv_bn(BLOCKS[-1].outputs, HEAD, 1), nn.Hardswish(inplace=True))  # 960 x 2 x 2
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *dropout_layers(dropout))  # 960 x 1 x 1
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Dropout(dropout))  # 960 x 1 x 1
         self.classifier = nn.Linear(HEAD, CLASSES)  # 100
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,21 +89,8 @@ class MobileNetV3(nn.Module):
         return self.classifier(self.pool(self.head(self.blocks(self.stem(x)))).flatten(1))
 
 
-def dropout_layers(probability: float) -> list[nn.Module]:
-    """No module at all at 0, so that our network does not depend on the setting."""
-    return [nn.Dropout(probability)] if probability > 0 else []
-
-
-class Enlarge(nn.Module):
-    """Enlarge images to `size` pixels a side, bicubic: networks made for ImageNet expect more than 32."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, 3, size, size)."""
-        return F.interpolate(images, self.size, mode="bicubic")
+class Enlarge(nn.Upsample):
+    """Enlarge images: networks made for ImageNet expect more than 32 pixels. thop would count a plain Upsample."""
 
 
 def build_model(name: str, dropout: float = 0.0, image_size: int = 32, pretrained: bool = False) -> nn.Module:
@@ -126,7 +112,7 @@ def build_model(name: str, dropout: float = 0.0, image_size: int = 32, pretraine
         except Exception as error:  # RuntimeError, or nearly anything while it fetches weights
             reason = " ".join(str(error).split())
             raise ValueError(f"timm cannot make model {name}: {reason}. Its names: timm.list_models()") from error
-    return model if image_size == 32 else nn.Sequential(Enlarge(image_size), model)
+    return model if image_size == 32 else nn.Sequential(Enlarge(image_size, mode="bicubic"), model)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> tuple[int, int]:

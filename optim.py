@@ -122,6 +122,7 @@ def decoupled_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature
     return (against + 8 * among) * temperature**2
 
 
+# The names stand in config.DISTILL_LOSSES too.
 DISTILLATION = {"kl": kl_loss, "standardised": standardised_loss, "mse": mse_loss, "decoupled": decoupled_loss}
 
 

@@ -118,7 +118,7 @@ def check_finite(state: TrainState, loss: float, epoch: int) -> None:
 
 def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Labelled, folder: Path) -> None:
     """Train the epochs that are left; after each, the first process prints its lines and writes the run's files."""
-    config, first, drawn = state.config, utils.rank() == 0, time.monotonic()
+    config, first, last_drawn = state.config, utils.rank() == 0, time.monotonic()
     writer = utils.open_tensorboard(folder, len(state.history) + 1) if config.tensorboard and first else None
     for epoch in range(len(state.history) + 1, config.epochs + 1):
         print(f"Epoch {epoch}/{config.epochs}")
@@ -130,7 +130,7 @@ def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Lab
             state.teacher.start_epoch(known)
         meter = train_one_epoch(state, loader, criterion)
         if state.teacher is not None and config.teacher_views and known is None:
-            checkpoint.save_logits(path, torch.stack(state.teacher.made))
+            checkpoint.save(path, {"logits": torch.stack(state.teacher.made)})
         loss, accuracy = meter.read()
         speed = meter.count / (time.perf_counter() - start)
         check_finite(state, loss, epoch)
@@ -156,9 +156,9 @@ def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Lab
             if value is not None:
                 writer.add_scalar(name, value, epoch)
         print(f"Learning Rate: {state.scheduler.get_last_lr()[0]:.6f}", flush=True)
-        if time.monotonic() - drawn > 60:  # drawing takes half a second
+        if time.monotonic() - last_drawn > 60:  # drawing takes half a second
             checkpoint.draw_curves({folder.name: state.history}, folder / "curves.png")
-            drawn = time.monotonic()
+            last_drawn = time.monotonic()
 
 
 def train(config: Config, folder: Path | None = None) -> Path:
@@ -201,12 +201,11 @@ def train(config: Config, folder: Path | None = None) -> Path:
 
 def announce(state: TrainState, images: int, folder: Path) -> None:
     """Print what is trained, with which changed settings, and where."""
-    config, device = state.config, state.device
+    config = state.config
     changed = ", ".join(f"{name}={value}" for name, value in changes(config).items())
     print(f"Training {config.experiment} ({changed or 'nothing changed'}) on {images} {config.dataset} images")
-    cpu = f"{torch.get_num_threads()} CPU threads (no GPU is used)"
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    print(f"{config.epochs - len(state.history)} epochs to go on {where}\nRun folder: {folder}", flush=True)
+    machine = utils.provenance(config.device)["machine"]  # read now, and with it the commit that trains
+    print(f"{config.epochs - len(state.history)} epochs to go on {machine}\nRun folder: {folder}", flush=True)
 
 
 def summary(folder: Path, config: Config) -> str:

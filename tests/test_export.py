@@ -39,7 +39,7 @@ def test_labels_are_in_the_official_order() -> None:
         "pickup_truck",
         "worm",
     ]
-    assert class_names("synthetic")[37] == "texture 37"
+    assert class_names("synthetic")[37] == "pattern 3 over 7"
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +58,7 @@ def test_pt2_gives_the_checkpoints_probabilities(model: nn.Module, tmp_path: Pat
     assert "1000 synthetic test images: same top-1 class on 1000" in second
     extra = {"labels": "", "checkpoint": "", "experiment": "", "date": "", "dataset": ""}
     program = torch.export.load(path, extra_files=extra)
-    assert json.loads(extra["labels"])[42] == "texture 42"
+    assert json.loads(extra["labels"])[42] == "pattern 4 over 2"
     assert (extra["checkpoint"], extra["experiment"]) == (str(source), "default")
     given, expected = images()
     torch.testing.assert_close(program.module()(given), probabilities(model, expected), atol=1e-5, rtol=0)

@@ -70,7 +70,8 @@ def test_page_is_complete_and_needs_no_other_file(
     assert page.count("<img") == page.count('<img alt="') and '<html lang="en">' in page
     groups, names = list(map(labels.human, labels.SUPERCLASSES)), list(map(labels.human, labels.NAMES))
     if dataset == "synthetic":
-        groups, names = [f"textures {i} to {i + 9}" for i in range(0, 100, 10)], [f"texture {i}" for i in range(100)]
+        groups = [f"pattern {i} above" for i in range(10)]
+        names = [f"pattern {i // 10} over {i % 10}" for i in range(100)]
     assert all(page.count(f'<th scope="row">{name}</th>') == 1 for name in [*names, *groups])
     assert page.count(f"({dataset})</h2>") == page.count("<h2>") == 6
     assert "flops = 11776320" in page and "3814.391 kB" in page
@@ -87,19 +88,19 @@ def test_known_predictions_are_counted_right(monkeypatch: pytest.MonkeyPatch, mo
     results = report.compute(write_checkpoint(tmp_path / "any.pth", model))
     assert (results.images, results.top1) == (200, 197)
     supers, classes = {name: rest for name, *rest in results.superclasses}, dict(results.classes)
-    assert supers["textures 0 to 9"] == [0.9, 1.0] and supers["textures 90 to 99"] == [0.95, 0.95]
-    assert classes["texture 0"] == 0 and classes["texture 99"] == 0.5
-    assert classes["texture 55"] == 1
+    assert supers["pattern 0 above"] == [0.9, 1.0] and supers["pattern 9 above"] == [0.95, 0.95]
+    assert classes["pattern 0 over 0"] == 0 and classes["pattern 9 over 9"] == 0.5
+    assert classes["pattern 5 over 5"] == 1
     page = report.render(results)
     cells = {
         name: re.findall(rf">{name}</th><td[^>]*>([\d.]+) %</td>(?:<td[^>]*>([\d.]+) %)?", page)
-        for name in ("textures 0 to 9", "textures 90 to 99", "texture 0", "texture 99")
+        for name in ("pattern 0 above", "pattern 9 above", "pattern 0 over 0", "pattern 9 over 9")
     }
-    assert cells["textures 0 to 9"] == [("90.00", "100.00")] and cells["textures 90 to 99"] == [("95.00", "95.00")]
-    assert cells["texture 0"] == [("0.00", "")] and cells["texture 99"] == [("50.00", "")]
+    assert cells["pattern 0 above"] == [("90.00", "100.00")] and cells["pattern 9 above"] == [("95.00", "95.00")]
+    assert cells["pattern 0 over 0"] == [("0.00", "")] and cells["pattern 9 over 9"] == [("50.00", "")]
     assert re.findall("<h3>(.*?)</h3>", page) == [
-        "texture 0 and texture 1: 2",
-        "texture 0 and texture 99: 1",
+        "pattern 0 over 0 and pattern 0 over 1: 2",
+        "pattern 0 over 0 and pattern 9 over 9: 1",
     ]
 
 

@@ -32,12 +32,13 @@ def human(name: str) -> str:
 
 def class_names(dataset: str) -> tuple[str, ...]:
     """The 100 names of "cifar100" or "synthetic" in label order."""
-    return tuple(f"texture {label}" for label in range(len(NAMES))) if dataset == "synthetic" else NAMES
+    if dataset == "synthetic":
+        return tuple(f"pattern {label // 10} over {label % 10}" for label in range(len(NAMES)))
+    return NAMES
 
 
 def superclasses(dataset: str) -> dict[str, tuple[str, ...]]:
-    """The names of each superclass's classes. Those of "synthetic" are groups of ten without a meaning."""
+    """The names of each superclass's classes. Those of "synthetic" share the pattern of the upper half."""
     if dataset == "synthetic":
-        names = class_names(dataset)
-        return {f"textures {i} to {i + 9}": names[i : i + 10] for i in range(0, len(names), 10)}
+        return {f"pattern {i} above": class_names(dataset)[10 * i : 10 * i + 10] for i in range(10)}
     return SUPERCLASSES

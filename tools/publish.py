@@ -32,7 +32,8 @@ NOTES = {
 }
 
 Content = dict[str, Any]  # of a checkpoint
-Record = dict[str, Any]  # of docs/results/NAME.json: accuracies in percent, losses as mean cross-entropy
+# Of docs/results/NAME.json: accuracies in percent, losses as mean cross-entropy, but the train loss as the run has it.
+Record = dict[str, Any]
 
 
 def open_run(run: Path) -> tuple[Content, Content, Config]:

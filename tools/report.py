@@ -20,14 +20,14 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import evaluate
-from config import Config, OneLineParser
+from config import Config, OneLineParser, restore
 from model import MobileNetV3
 from tools import calibrate
 from tools.labels import class_names, human, superclasses
 from tools.results import latency_section
 from utils import atomic_write, program
 
-PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>MobileNetV3 on $dataset</title>
+PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>$model on $dataset</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>table { width: 100%; border-spacing: 0 }
 :root { color-scheme: light dark; font: 1rem/1.4 sans-serif } p { overflow-wrap: anywhere } [role] { overflow-x: auto }
 @media (prefers-color-scheme: dark) { .grid > img { filter: invert(1) hue-rotate(180deg) } } h3, figure { margin: 0 }
@@ -36,7 +36,7 @@ th, td { padding: .2rem .5rem; border-bottom: 1px solid #8886; text-align: right
 td { background: linear-gradient(#0072b255 0 0) 0/var(--bar) no-repeat; min-width: 5rem; white-space: nowrap }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 1rem 1.5rem }
 .images { display: flex; flex-wrap: wrap; gap: 4px } figure { width: 6rem; font-size: .8rem } img { max-width: 100% }
-</style></head><body><h1>MobileNetV3 on the $dataset test set</h1><p>$source</p><main>$main</main></body></html>""")
+</style></head><body><h1>$model on the $dataset test set</h1><p>$source</p><main>$main</main></body></html>""")
 BINS = 15  # of confidence, as in Guo et al., "On Calibration of Modern Neural Networks", 2017
 SHOWN_PAIRS, SHOWN_MISTAKES, IMAGES_A_PAIR = 12, 12, 4
 
@@ -73,6 +73,7 @@ class Results:
     """What the page shows. All fractions are from 0 to 1."""
 
     source: str  # which checkpoint, and on which images
+    model: str  # its name in the settings
     dataset: str
     images: int
     top1: int  # correct images
@@ -155,6 +156,7 @@ def compute(path: Path, data_dir: str = Config.data_dir) -> Results:
     return Results(
         source=f"Checkpoint {path}, experiment {content['config']['experiment']}, epoch {content['epoch']}, "
         f"written {content['date']}, graded on {len(labels)} {dataset} test images",
+        model=restore(content["config"]).model,
         dataset=dataset,
         images=len(labels),
         top1=int(correct.sum()),
@@ -192,7 +194,7 @@ def render(results: Results) -> str:
     main = "".join(
         f'<h2>{title} ({results.dataset})</h2><div class="grid">{html}</div>' for title, html in sections.items()
     )
-    return PAGE.substitute(dataset=results.dataset, source=escape(results.source), main=main)
+    return PAGE.substitute(model=results.model, dataset=results.dataset, source=escape(results.source), main=main)
 
 
 def accuracy(results: Results) -> str:
