@@ -197,6 +197,18 @@ def test_teachers_are_the_runs_of_other_networks() -> None:
     )
 
 
+def test_students_are_the_runs_with_a_teacher() -> None:
+    ours = run("scratch", 0, test=73) | {"config": {"epochs": 140}}
+    assert tables.students_table({"scratch": ours}) == "A run with a teacher: not measured."
+    record = run("taught", 0, test=75, train_eval=80) | {"config": {"teacher": "any.pth", "epochs": 9}, "seed": 1}
+    record |= {"title": "how", "commit": "abc", "train": {"accuracy": 60}, "validation": {"accuracy": 74}}
+    record |= {"log": "docs/logs/taught.csv", "curves": None}
+    (line,) = tables.students_table({"scratch": ours, "taught": record}).splitlines()[2:]
+    assert line == (
+        "| `taught` | how | 9 | 1 | abc | 60.00 % | 80.00 % | 74.00 % | 75.00 % | [log](logs/taught.csv) | none |"
+    )
+
+
 def test_more_seeds_give_mean_and_deviation() -> None:
     records = {"scratch": run("scratch", 0, test=73) | {"config": {"epochs": 140}, "seed": 0}}
     assert tables.spread(records) == "one run, seed 0"

@@ -79,6 +79,7 @@ def results_page(records: Records, logs: Logs) -> str:
         "curves": tables.curves(records),
         "fractions": tables.fractions(records),
         "teachers_table": tables.teachers_table(records),
+        "students_table": tables.students_table(records),
         "distill_table": tables.ablation_table(read_json(RESULTS / "distillation.json"), logs),
         "ablation_table": tables.ablation_table(ablations, logs),
         "others_table": tables.others_table(read_json(RESULTS / "others.json"), records),

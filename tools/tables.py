@@ -127,6 +127,18 @@ def teachers_table(records: Records) -> str:
     return table(head, rows) if rows else f"A teacher: {NOT_MEASURED}."
 
 
+def students_table(records: Records) -> str:
+    """The runs that learnt from a teacher."""
+    rows = []
+    for run in (run for run in records.values() if run["config"].get("teacher", "none") != "none"):
+        figures = [percent(accuracy(run, part)) for part in ("train", "train_eval", "validation", "test")]
+        made = [run["config"]["epochs"], run["seed"], run["commit"]]
+        links = [link(run["log"], "log"), link(run["curves"], "curves")]
+        rows.append([f"`{run['name']}`", run["title"], *made, *figures, *links])
+    head = "run | what | epochs | seed | commit | train | train, eval mode | validation | test | log | curves"
+    return table(head, rows) if rows else f"A run with a teacher: {NOT_MEASURED}."
+
+
 def experiments_table(records: Records) -> str:
     """The report's experiments side by side; what was claimed and what was measured in columns of their own."""
     rows = []
