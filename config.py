@@ -92,7 +92,7 @@ class Config:
         if self.schedule == "cosine" and self.lr_step:
             raise ValueError(f"lr_step {self.lr_step} has no meaning with schedule cosine; use 0")
         if self.teacher_views and self.dropout:
-            raise ValueError("teacher_views needs dropout 0: both draw from torch's generator, which repeats with them")
+            raise ValueError("teacher_views needs dropout 0: its draws would repeat, and change how images mix")
 
     @property
     def updates_best(self) -> bool:

@@ -57,7 +57,7 @@ def test_wrong_types_and_values_are_refused(name: str) -> None:
     ],
 )
 def test_contradictions_are_refused(contradicting: dict) -> None:
-    with pytest.raises(ValueError, match="|".join(contradicting)):
+    with pytest.raises(ValueError, match=next(iter(contradicting))):
         Config(**contradicting)
 
 
