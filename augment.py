@@ -11,7 +11,9 @@ from torch import Generator, Tensor
 from data import CLASSES, SIDE, DataError, Images, load_training, normalise
 
 SMALL_SIDE = 24  # pixels; an epoch of such images takes 0.6 of the time
-SEED_STRIDE = 1_000_003  # above any number of epochs, so that no two (seed, epoch) share their random numbers
+# torch uses 32 bits of a seed on a CPU: with this stride runs of up to 1,264 epochs share no (seed, epoch).
+SEED_STRIDE = 1_000_003
+TAUGHT_SEED = 1_000_001  # above any seed: a teacher has learnt its own views, so its student's are others
 
 
 def pixel_table(images: Tensor) -> Tensor:
@@ -211,7 +213,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `augment`; dropout and mixing draw from torch's global generator, which is seeded here."""
-        seed = self.config.seed * SEED_STRIDE + self.repeated_epoch
+        run_seed = self.config.seed + (TAUGHT_SEED if self.config.teacher != "none" else 0)
+        seed = run_seed * SEED_STRIDE + self.repeated_epoch
         torch.manual_seed(seed)
         generator = Generator(self.labels.device).manual_seed(seed)
         order = torch.randperm(len(self.labels), device=self.labels.device, generator=generator)

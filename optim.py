@@ -133,8 +133,10 @@ class Teacher:
     are in `made`; given back when the same views come again, they spare the teacher's forward pass.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, compile: bool = False) -> None:
         self.model, self.device = model.to(device, memory_format=torch.channels_last), device
+        if compile:  # with frozen weights, so that batch norm becomes part of the convolutions
+            self.model = torch.compile(self.model, dynamic=False, options={"freezing": True})
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         self.autocast = torch.autocast(device.type, dtype, enabled=fast)
         self.start_epoch()

@@ -49,7 +49,7 @@ class TrainState:
         if config.teacher != "none":
             kept = folder / "teacher.pth" if folder else None
             path = kept if kept and kept.exists() else Path(config.teacher)
-            self.teacher = Teacher(load_model(checkpoint.load(path), path), device, dtype)
+            self.teacher = Teacher(load_model(checkpoint.load(path), path), device, dtype, config.compile)
         self.history: History = []
 
     @property

@@ -196,9 +196,19 @@ def test_an_epoch_follows_from_seed_and_number(images: Tensor) -> None:
 
 
 def test_no_two_seeds_and_epochs_share_random_numbers() -> None:
+    """Not even in the 32 bits that torch uses of a CPU generator's seed, up to 1,264 epochs."""
     largest = {f.name: f.metadata["max"] for f in fields(Config)}
-    assert largest["epochs"] < augment.SEED_STRIDE
-    assert augment.SEED_STRIDE * largest["seed"] + largest["epochs"] < 2**63
+    assert augment.TAUGHT_SEED > largest["seed"]
+    apart = np.arange(1, augment.TAUGHT_SEED + largest["seed"] + 1) * augment.SEED_STRIDE % 2**32
+    assert min(apart.min(), (2**32 - apart).min()) == 1264
+    assert augment.SEED_STRIDE * (augment.TAUGHT_SEED + largest["seed"]) + largest["epochs"] < 2**63
+
+
+def test_a_student_sees_other_views_than_a_teacher_of_its_seed(images: Tensor) -> None:
+    train = data.Images(images, torch.arange(100))
+    config = replace(PLAIN, flip=True, crop_padding=4, batch_size=50)
+    views = [epoch_of(augment.Loader(train, replace(config, teacher=t)), 0)[0] for t in ("none", "teacher.pth")]
+    assert not torch.equal(*views)
 
 
 @pytest.mark.parametrize(("fraction", "epochs", "small"), [(0.0, 4, 0), (0.29, 100, 29), (0.5, 5, 2), (1.0, 3, 3)])

@@ -15,7 +15,7 @@ import train
 from augment import Loader, build_loader
 from config import Config
 from model import BLOCKS, InvertedResidual
-from optim import build_criterion
+from optim import Teacher, build_criterion
 from tests.helpers import EVERYTHING, TINY
 
 
@@ -117,8 +117,13 @@ def test_a_cpu_trains_in_float32_without_a_scaler() -> None:
     assert not state.scaler.is_enabled()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.skipif(not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="it needs Python's headers")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile needs a C++ compiler and Python's headers",
+)
+
+
+@needs_compiler
 def test_compiled_and_eager_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and gradients of a block with squeeze-and-excitation; the whole model takes a minute to compile."""
     torch.manual_seed(0)
@@ -136,6 +141,23 @@ def test_compiled_and_eager_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     for eager, compiled in zip(*results, strict=True):
         assert torch.allclose(eager, compiled, atol=1e-3)
     assert state.parts()["network"].state_dict().keys() == block.state_dict().keys(), "names of the plain model"
+
+
+@needs_compiler
+def test_a_compiled_teacher_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a block with batch norm, in float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    torch.manual_seed(0)
+    block, x = InvertedResidual(BLOCKS[4]), torch.randn(16, 40, 8, 8)
+    block(x)  # or the running statistics would be 0 and 1
+    block.eval()
+    kernels, logits = torch._inductor.metrics.generated_kernel_count, []
+    for compiled in (False, True):
+        teacher = Teacher(copy.deepcopy(block), torch.device("cpu"), torch.bfloat16, compiled)
+        logits.append(teacher(x))
+    assert torch._inductor.metrics.generated_kernel_count > kernels
+    assert torch.allclose(*logits, atol=2e-3)  # stored as float16
+    assert logits[0].std() > 0.1
 
 
 def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
