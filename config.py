@@ -29,7 +29,7 @@ def setting(
     return field(default=default, metadata=metadata | {"base": default if base is MISSING else base})
 
 
-DISTILL_LOSSES = ("kl", "standardised", "mse", "decoupled")
+DISTILL_LOSSES = ("kl", "standardised", "mse")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config:
     warmup_epochs: int = setting(2, "epochs of warm-up, at most a quarter of the run", base=0, min=0, max=1_000)
     label_smoothing: float = setting(0.1, "part of a target spread over all classes", base=0.0, min=0, max=0.99)
     teacher: str = setting("none", "checkpoint of the model to learn from; none: off", base="none")
-    distill_loss: str = setting("kl", "how the teacher's logits are compared", base="kl", choices=DISTILL_LOSSES)
+    distill_loss: str = setting("standardised", "how logits are compared", base="standardised", choices=DISTILL_LOSSES)
     distill_temperature: float = setting(2.0, "temperature that divides the logits of both", base=2.0, min=0.1, max=100)
     label_weight: float = setting(0.0, "weight of the labels' loss beside the teacher's", base=0.0, min=0, max=100)
     teacher_views: int = setting(0, "repeat the augmented views every N epochs; 0: never", base=0, min=0, max=1_000)

@@ -81,49 +81,33 @@ def build_criterion(config: Any, teacher: Callable[[Tensor], Tensor] | None = No
     distill = DISTILLATION[config.distill_loss]
 
     def criterion(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = distill(logits.float(), teacher(images), labels, config.distill_temperature)
+        loss = distill(logits.float(), teacher(images), config.distill_temperature)
         return loss + config.label_weight * cross_entropy(images, logits, labels) if config.label_weight else loss
 
     return criterion
 
 
-def kl_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def kl_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL divergence of softened probabilities, times temperature^2 (Hinton et al., 2015)."""
     student, teacher = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def standardised_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def standardised_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL divergence of logits with mean 0 and std 1 (logit standardisation: Sun et al., 2024)."""
     student, teacher = (
         (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True) for logits in (student, teacher)
     )
-    return kl_loss(student, teacher, labels, temperature)
+    return kl_loss(student, teacher, temperature)
 
 
-def mse_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def mse_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Mean squared difference of the logits, each less its mean (Kim et al., 2021); has no temperature."""
     return F.mse_loss(student - student.mean(1, keepdim=True), teacher - teacher.mean(1, keepdim=True))
 
 
-def decoupled_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """DKD with alpha 1 and beta 8 (Zhao et al., 2022): the label against the rest, and the rest among themselves."""
-    label = (labels if labels.ndim == 1 else labels.argmax(1))[:, None]
-
-    def decouple(logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = (logits / temperature).log_softmax(1)
-        rest = log_p.scatter(1, label, -torch.inf)
-        log_rest = rest.logsumexp(1, keepdim=True)
-        return torch.cat([log_p.gather(1, label), log_rest], 1), (rest - log_rest).scatter(1, label, 0.0)
-
-    (student, student_rest), (teacher, teacher_rest) = decouple(student), decouple(teacher)
-    against = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    among = (teacher_rest.exp() * (teacher_rest - student_rest)).sum(1).mean()
-    return (against + 8 * among) * temperature**2
-
-
 # The names stand in config.DISTILL_LOSSES too.
-DISTILLATION = {"kl": kl_loss, "standardised": standardised_loss, "mse": mse_loss, "decoupled": decoupled_loss}
+DISTILLATION = {"kl": kl_loss, "standardised": standardised_loss, "mse": mse_loss}
 
 
 class Teacher:
