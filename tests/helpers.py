@@ -85,5 +85,5 @@ def made_up_latency(weights_sha256: str) -> dict[str, Any]:
             "batch_size": 128, "operations": 8_000_000_000, "bytes": 2_000_000_000, "operations_per_second": 200e9,
             "bytes_per_second": 20e9, "step_seconds": 0.21, "floor_seconds": 0.14, "times_floor": 1.5,
         },
-        "processes": {"one": 2_000.0, "several": 2_100.0},
+        "processes": {"one": 2_000.0, "several": 2_100.0, "count": 4},
     }  # fmt: skip

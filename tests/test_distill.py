@@ -165,7 +165,7 @@ def test_kept_logits_give_the_same_weights_without_computing(
 
 
 def test_a_run_keeps_its_teacher(tiny: Config, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file may change or go while the run is stopped."""
+    """The teacher's file may change while the run is stopped."""
     config = replace(tiny, epochs=2, images_per_class=4, teacher=str(teacher))
     whole = train.train(config)
     save_epoch = checkpoint.save_epoch

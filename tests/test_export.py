@@ -56,10 +56,11 @@ def test_pt2_gives_the_checkpoints_probabilities(model: nn.Module, tmp_path: Pat
     first, second = output.out.splitlines()
     assert str(source) in first and "2026-01-01" in first and str(path) in first
     assert "1000 synthetic test images: same top-1 class on 1000" in second
-    extra = {"labels": "", "checkpoint": "", "experiment": "", "date": "", "dataset": ""}
+    extra = dict.fromkeys(("labels", "checkpoint", "experiment", "date", "dataset", "temperature"), "")
     program = torch.export.load(path, extra_files=extra)
     assert json.loads(extra["labels"])[42] == "pattern 4 over 2"
     assert (extra["checkpoint"], extra["experiment"]) == (str(source), "default")
+    assert extra["temperature"] == "" and not [node for node in program.graph.nodes if "div" in str(node.target)]
     given, expected = images()
     torch.testing.assert_close(program.module()(given), probabilities(model, expected), atol=1e-5, rtol=0)
     assert {path.name for path in tmp_path.iterdir()} == {"any.pth", "any.pt2"}
@@ -106,13 +107,6 @@ def test_a_stored_temperature_is_in_pt2(model: nn.Module, tmp_path: Path) -> Non
     assert not tempered(planes, model, 2.5).allclose(tempered(planes, model, 1.0), atol=1e-2)
 
 
-def test_without_a_temperature_the_file_does_not_divide(model: nn.Module, tmp_path: Path) -> None:
-    source, path = write_checkpoint(tmp_path / "any.pth", model), tmp_path / "any.pt2"
-    export.export(path, source)
-    program = torch.export.load(path, extra_files=(extra := {"temperature": ""}))
-    assert not [node for node in program.graph.nodes if "div" in str(node.target)] and extra["temperature"] == ""
-
-
 @pytest.mark.parametrize("name", ["any.pt2", "any.onnx"])
 def test_a_wrong_stored_temperature_exports_nothing(name: str, model: nn.Module, tmp_path: Path, capsys) -> None:
     pytest.importorskip("onnxscript")
@@ -122,13 +116,14 @@ def test_a_wrong_stored_temperature_exports_nothing(name: str, model: nn.Module,
     assert "holds a temperature that is no number" in line and not (tmp_path / name).exists()
 
 
-def test_a_file_with_other_probabilities_is_deleted(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_file_with_other_probabilities_is_not_written(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
     source, path = write_checkpoint(tmp_path / "any.pth", model), tmp_path / "any.pt2"
+    path.write_bytes(b"an older file")
     monkeypatch.setattr(export, "probabilities", lambda model, images: torch.rand(len(images), 100).softmax(1))
     assert export.main([str(path), "--checkpoint", str(source)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "not give the checkpoint's probabilities" in line and "deleted" in line
-    assert not path.exists()
+    assert "not give the checkpoint's probabilities" in line and "not written" in line
+    assert path.read_bytes() == b"an older file"
 
 
 def test_check_finds_small_differences(model: nn.Module) -> None:
@@ -164,14 +159,17 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_int8_is_a_third_of_the_size_and_alike(shipped: Path, tmp_path: Path, capsys) -> None:
+@pytest.fixture(scope="module")
+def int8(shipped: Path) -> tuple[Path, list[str]]:
+    """Its int8 file, in a folder of its own, and what the export found."""
+    path = shipped.with_name("int8") / "any.onnx"
+    return path, export.export(path, shipped, int8=True).splitlines()
+
+
+def test_int8_is_a_third_of_the_size_and_alike(shipped: Path, int8: tuple[Path, list[str]]) -> None:
     import onnx
 
-    path = tmp_path / "int8.onnx"
-    assert export.main([str(path), "--int8", "--checkpoint", str(shipped)]) == 0
-    output = capsys.readouterr()
-    assert output.err == ""
-    lines = output.out.splitlines()
+    path, lines = int8
     assert str(path) in lines[0] and lines[2] == "Calibrated on 500 synthetic training images"
     same = re.search(r"1000 synthetic test images: same top-1 class as in float32 on ([0-9.]+) %", lines[3])
     assert float(same[1]) > 75  # these images are none of those that it was trained on
@@ -189,30 +187,32 @@ def test_int8_is_a_third_of_the_size_and_alike(shipped: Path, tmp_path: Path, ca
     together = run(inputs)
     assert together.shape == (3, 100) and together.sum(1).allclose(torch.ones(3), atol=1e-5)
     torch.testing.assert_close(torch.cat([run(image[None]) for image in inputs]), together, atol=1e-5, rtol=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx"}
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_stored_temperature_is_in_onnx_and_int8(shipped: Path, tmp_path: Path, capsys) -> None:
+def test_a_stored_temperature_is_in_onnx_and_int8(
+    shipped: Path, int8: tuple[Path, list[str]], tmp_path: Path, capsys
+) -> None:
     """Both files give the classes that the files without it give; int8 keeps the division in float32."""
     import onnx
 
     content = checkpoint.load(shipped)
     model = evaluate.load_model(content, shipped)
-    source, plain, int8 = (tmp_path / name for name in ("any.pth", "plain.onnx", "int8.onnx"))
+    source, plain, small = (tmp_path / name for name in ("any.pth", "plain.onnx", "int8.onnx"))
     checkpoint.save(source, content | {"temperature": 0.5})
     assert export.main([str(plain), "--checkpoint", str(source)]) == 0
-    assert export.main([str(int8), "--int8", "--checkpoint", str(source)]) == 0
-    assert "points lost" in capsys.readouterr().out.splitlines()[-1]
+    assert export.main([str(small), "--int8", "--checkpoint", str(source)]) == 0
+    output = capsys.readouterr()
+    assert "points lost" in output.out.splitlines()[-1] and output.err == ""
     inputs, planes = images()
     expected, before = quantize.read_onnx(plain)(inputs), quantize.read_onnx(shipped.with_suffix(".onnx"))(inputs)
     torch.testing.assert_close(expected, tempered(planes, model, 0.5), atol=1e-5, rtol=0)
     assert torch.equal(expected.argmax(1), before.argmax(1)) and not expected.allclose(before, atol=1e-2)
-    for path in (plain, int8):
+    for path in (plain, small):
         file = onnx.load(path)
         assert {row.key: row.value for row in file.metadata_props}["temperature"] == "0.5"
         assert [node.op_type for node in file.graph.node][-2:] == ["Div", "Softmax"]
-    old, _ = quantize.calibrated(shipped.with_suffix(".onnx"), "synthetic", "nowhere")
-    odds, given = quantize.read_onnx(old)(inputs), quantize.read_onnx(int8)(inputs)
+    odds, given = quantize.read_onnx(int8[0])(inputs), quantize.read_onnx(small)(inputs)
     torch.testing.assert_close(given, odds**2 / (odds**2).sum(1, keepdim=True), atol=1e-5, rtol=0)
 
 
@@ -265,17 +265,16 @@ def test_int8_check_finds_bad_files() -> None:
 
     assert "same top-1 class as in float32 on 100.0 %" in quantize.check(run, run, inputs, "images")
     for bad in (often_wrong, by_batch, lambda batch: run(batch) * torch.nan):
-        with pytest.raises(UserError, match=r"was deleted\. 200 images"):
+        with pytest.raises(UserError, match=r"was not written\. 200 images"):
             quantize.check(bad, run, inputs, "images")
 
 
-def test_a_bad_int8_file_is_deleted(shipped: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_bad_int8_file_is_refused(shipped: Path, monkeypatch) -> None:
     monkeypatch.setattr(quantize, "calibrated", lambda plain, *where: (plain.read_bytes(), "Calibrated"))
     monkeypatch.setattr(quantize, "SAME", 100.1)
-    assert export.main([str(tmp_path / "int8.onnx"), "--int8", "--checkpoint", str(shipped)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "int8 file is not good enough" in line and "on 100.0 %" in line
-    assert not list(tmp_path.iterdir())
+    model = evaluate.load_model(checkpoint.load(shipped), shipped)
+    with pytest.raises(UserError, match=r"int8 file is not good enough.*on 100\.0 %"):
+        export.to_int8(shipped.with_suffix(".onnx").read_bytes(), model, "synthetic", "nowhere")
 
 
 def test_export_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:

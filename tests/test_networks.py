@@ -46,6 +46,20 @@ def test_any_timm_network_is_trained_graded_and_teaches(tiny: Config, capsys: py
     train.train(replace(tiny, **settings, teacher=str(folder / "best.pth")))
 
 
+def test_pretrained_weights_are_fetched_by_a_new_run_alone(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    asked, create = [], timm.create_model
+
+    def watched(name: str, pretrained: bool, **options: object) -> nn.Module:
+        asked.append(pretrained)
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", watched)
+    for resumed in (False, True):
+        train.new_model(replace(tiny, model=TIMM, pretrained=True), resumed)
+    assert asked == [True, False]
+
+
 def test_weights_are_matched_by_name_or_by_order(model: nn.Module, tmp_path: Path) -> None:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     weights["classifier.weight"], weights["classifier.bias"] = torch.zeros(10, 960), torch.zeros(10)

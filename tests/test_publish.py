@@ -1,6 +1,7 @@
 """Publishing: the record, the shipped checkpoint, and what is refused."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,22 +17,34 @@ import data
 import evaluate
 import train
 from config import Config
-from tests.helpers import small_set, taken_for_official, write_checkpoint
+from tests.helpers import TINY, small_set, taken_for_official, write_checkpoint
 from tools import calibrate, publish
 from tools.curves import read_log
 
 RECORD = Path("docs/results/small.json")
 
 
+CIFAR100 = {"dataset": "cifar100", "data_dir": ".", "runs_dir": "runs", "images_per_class": 0}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small data set that is taken for the official one, and a finished run of two epochs on it."""
+    folder, arrays = tmp_path_factory.mktemp("trained"), small_set()
+    np.savez(folder / "cifar100.npz", **arrays)
+    with pytest.MonkeyPatch.context() as patch, taken_for_official(arrays):
+        patch.chdir(folder)
+        train.train(replace(TINY, **CIFAR100, validation_per_class=1))
+    return folder
+
+
 @pytest.fixture
-def run(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A finished run of two epochs on a small data set that is taken for the official one; the folder is empty else."""
-    arrays = small_set()
-    np.savez(tmp_path / "cifar100.npz", **arrays)
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The finished run, in a copy of that folder that is now the current one."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    settings = {"dataset": "cifar100", "data_dir": ".", "validation_per_class": 1, "images_per_class": 0}
-    with taken_for_official(arrays):
-        yield train.train(replace(tiny, **settings))
+    with taken_for_official(small_set()):
+        yield next(Path("runs").iterdir())
 
 
 def main(*argv: object) -> int:
@@ -96,11 +109,8 @@ def test_a_temperature_is_fitted_on_validation_images(run: Path, monkeypatch: py
     assert graded["accuracy"] == evaluate.grade(run / "best.pth", data_dir=".")["accuracy"]
 
 
-def test_without_validation_images_the_temperature_is_null(
-    tiny: Config, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"dataset": "cifar100", "data_dir": ".", "validation_per_class": 0, "images_per_class": 0}
-    everything = train.train(replace(tiny, epochs=1, **settings))
+def test_without_validation_images_the_temperature_is_null(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = train.train(replace(TINY, **CIFAR100, epochs=1, validation_per_class=0))
     monkeypatch.setattr(calibrate, "fit", lambda *arguments: pytest.fail("a temperature was fitted"))
     assert main(everything, "--name", "small", "--ship", checkpoint.PUBLISHED) == 0
     record = json.loads(RECORD.read_text())

@@ -37,7 +37,7 @@ def fastest(action: Callable[[], object], times: int = 5) -> float:
 
 
 def test_a_batch_is_made_much_faster_than_from_pil_images() -> None:
-    """26 times a loader's speed on two cores in docs/results/benchmark.json; here against one process of it."""
+    """Against one process of the usual loader; docs/results/benchmark.json has it on all cores."""
     images = synthetic(2, seed=0)
     pil_images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.images[:128]]
     steps = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(data.MEAN, data.STD)]
@@ -50,7 +50,6 @@ def test_a_batch_is_made_much_faster_than_from_pil_images() -> None:
 
 
 def test_grading_in_batches_is_much_faster_than_one_at_a_time(model: nn.Module) -> None:
-    """11 times in docs/results/benchmark.json."""
     images = synthetic(2, seed=0)
     fast = model.to(memory_format=torch.channels_last)
     evaluate.evaluate(fast, images)

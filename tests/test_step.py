@@ -48,7 +48,7 @@ OTHER = {  # another value of each setting that changes what is trained, and wha
     "mix_prob": (0.0, {"mixup": 0.2}), "small_fraction": (0.25, {}), "validation_per_class": (2, {}),
     "images_per_class": (5, {}), "seed": (1, {}),
 }  # fmt: skip
-TEACHERS = {  # in test_distill.py: other networks, and what a teacher adds
+TEACHERS = {  # in test_networks.py and test_distill.py: other networks, and what a teacher adds
     "model", "image_size", "pretrained", "weights", "teacher", "distill_loss", "distill_temperature", "label_weight",
     "teacher_views",
 }  # fmt: skip

@@ -1,4 +1,7 @@
-"""Time training, input, grading and start against what a user would otherwise run: python -m tools.benchmark."""
+"""Time training, input, grading and start against what a user would otherwise run: python -m tools.benchmark.
+
+Takes some minutes, and needs CIFAR-100.
+"""
 
 import argparse
 import json
@@ -77,9 +80,9 @@ def usual_loader(tuned: bool) -> torch.utils.data.DataLoader:
     from torchvision import transforms as T
     from torchvision.datasets import CIFAR100
 
-    arrays = data.read(Path(LIKE.data_dir) / "cifar100.npz", "train")
+    pixels, labels = data.load(LIKE.dataset, LIKE.data_dir, "train")
     images = CIFAR100.__new__(CIFAR100)  # its own start would want the archive that the npz file was made from
-    images.data, images.targets = arrays["train_images"], arrays["train_labels"].tolist()
+    images.data, images.targets = pixels.permute(0, 2, 3, 1).numpy(), labels.tolist()
     transforms = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.RandomRotation(15)]
     settings: dict[str, Any] = {"num_workers": 4}
     if tuned:

@@ -55,7 +55,7 @@ def note(folder: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="[%(default)s]")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write [%(default)s]")
     arguments = parser.parse_args(argv)
     names = [folder.name for folder in arguments.runs]
     names = names if len(set(names)) == len(names) else [str(folder) for folder in arguments.runs]

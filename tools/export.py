@@ -75,12 +75,12 @@ def check(run: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, wha
     difference, same = (given - expected).abs().max(), (given.argmax(1) == expected.argmax(1)).sum()
     result = f"{len(images)} {what}: same top-1 class on {same}, probabilities differ by up to {difference:.1e}"
     if same < len(images) or not difference <= TOLERANCE:
-        raise UserError(f"the file does not give the checkpoint's probabilities and was deleted. {result}")
+        raise UserError(f"the file does not give the checkpoint's probabilities and was not written. {result}")
     return result
 
 
 def export(path: Path, source: Path, data_dir: str = Config.data_dir, int8: bool = False) -> str:
-    """Write the file and check it. Returns what was written and checked, line by line. Raises UserError."""
+    """Check the file, then write it. Returns what was written and checked, line by line. Raises UserError."""
     if onnx := path.suffix.lower() == ".onnx":
         quantize.need_onnx()
     model, about, labels = open_checkpoint(source)
@@ -93,46 +93,38 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir, int8: bool
     if int8:  # an accuracy is the float32 model's
         properties = {f"float32_{name}" if "accuracy" in name else name: text for name, text in properties.items()}
     content = (to_onnx if onnx else to_pt2)(exported, properties)
-    try:
-        if int8:
-            lines = write_int8(path, content, model, about["dataset"], data_dir)
-        else:
-            atomic_write(path, lambda file: file.write(content))
-            run = quantize.read_onnx(path) if onnx else torch.export.load(path).module()
-            lines = [f"Checked on {check(run, model, *check_images(about['dataset'], data_dir))}"]
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    if int8:
+        content, lines = to_int8(content, model, about["dataset"], data_dir)
+    else:
+        run = quantize.read_onnx(content) if onnx else torch.export.load(io.BytesIO(content)).module()
+        lines = [f"Checked on {check(run, model, *check_images(about['dataset'], data_dir))}"]
+    atomic_write(path, lambda file: file.write(content))
     return "\n".join([f"Exported {describe(about)} to {path}, {path.stat().st_size / 1e6:.1f} MB", *lines])
 
 
-def write_int8(path: Path, content: bytes, model: nn.Module, dataset: str, data_dir: str) -> list[str]:
-    """Quantise a float32 ONNX file to int8, write and check both, and grade them. Returns what was found."""
+def to_int8(content: bytes, model: nn.Module, dataset: str, data_dir: str) -> tuple[bytes, list[str]]:
+    """A float32 ONNX file quantised to int8, and what was found when both were checked and graded. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "float32.onnx"
         plain.write_bytes(content)
-        exact = quantize.read_onnx(plain)
         small, calibrated = quantize.calibrated(plain, dataset, data_dir)
-    atomic_write(path, lambda file: file.write(small))
+    exact, run = quantize.read_onnx(content), quantize.read_onnx(small)
     images, what = check_images(dataset, data_dir)
     check(exact, model, images, what)
-    run = quantize.read_onnx(path)
     checked = quantize.check(run, exact, images.permute(0, 2, 3, 1).contiguous(), what)
     try:
         before, after = quantize.grade({"float32": exact, "int8": run}, dataset, data_dir).values()
         graded = f"Accuracy = {after:.2f} %, in float32 {before:.2f} %: {before - after:.2f} points lost"
     except data.DataError:
         graded = "Accuracy: not measured, as CIFAR-100 cannot be had"
-    return [f"In float32 it has {len(content) / 1e6:.1f} MB", calibrated, f"Checked on {checked}", graded]
+    return small, [f"In float32 it has {len(content) / 1e6:.1f} MB", calibrated, f"Checked on {checked}", graded]
 
 
 @program("tools.export")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, help="to write: NAME.onnx or NAME.pt2")
-    parser.add_argument(
-        "--int8", action="store_true", help="quantise NAME.onnx: a third of the size, and less accurate"
-    )
+    parser.add_argument("--int8", action="store_true", help="quantise NAME.onnx to int8: a third of the size")
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
     arguments = parser.parse_args(argv)

@@ -27,7 +27,7 @@ from data import SIDE
 from model import MobileNetV3
 from optim import build_criterion
 from tools import quantize, results
-from tools.benchmark import succeed
+from tools.benchmark import LIKE, succeed
 from tools.export import Deployed, check_images, export
 from utils import UserError, keep_freed_memory, provenance
 
@@ -161,12 +161,14 @@ def floor(rates: Figures) -> Figures:
     return counts | rates | {"floor_seconds": seconds, "times_floor": rates["step_seconds"] / seconds}
 
 
-def time_processes(count: int) -> Figures:
-    """Training images/s of one process of so many threads, and of so many processes of one thread each."""
+def time_processes(threads: int) -> Figures:
+    """Training images/s of one process of so many threads, and of several of one thread each: `count` processes, the
+    most that share a batch evenly."""
+    count = max(n for n in range(1, threads + 1) if LIKE.batch_size % n == 0)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
     part = ("-m", "tools.benchmark", "--part", PART)
     rows = {"one": json.loads(succeed(*part)), "several": json.loads(succeed(*torchrun, *part))}
-    return {name: row["images"] / row["seconds"] for name, row in rows.items()}
+    return {name: row["images"] / row["seconds"] for name, row in rows.items()} | {"count": count}
 
 
 def medians(rounds: list[Figures]) -> Figures:
@@ -202,7 +204,7 @@ def run(
             rates.append(in_process(machine_rates, threads[-1], seconds))
             print(f"  training step, threads {threads[-1]}: {rates[-1]}", flush=True)
             shared.append(time_processes(threads[-1]))
-            print(f"  one process of {threads[-1]} threads, and as many of one: {shared[-1]}", flush=True)
+            print(f"  one process of {threads[-1]} threads, and several of one: {shared[-1]}", flush=True)
         sizes = {name: path.stat().st_size for name, path in paths.items()}
     result = {
         **provenance("cpu"),

@@ -184,7 +184,7 @@ def publish(
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.publish", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--name", help="letters, digits, _ and - [the run's experiment]")
+    parser.add_argument("--name", help="of the record, log and curves: letters, digits, _ and - [the run's experiment]")
     parser.add_argument(
         "--ship", type=Path, metavar="FILE", help=f"write the weights too; {PUBLISHED} is what is graded by default"
     )

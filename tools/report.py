@@ -279,7 +279,7 @@ def pairs(mistakes: list[Mistake]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
-    parser.add_argument("--output", type=Path, default="report/index.html", help="[%(default)s]")
+    parser.add_argument("--output", type=Path, default="report/index.html", help="page to write [%(default)s]")
     parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
     arguments = parser.parse_args(argv)
     results = compute(arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir)

@@ -80,6 +80,7 @@ def results_page(records: Records, logs: Logs) -> str:
         "fractions": tables.fractions(records),
         "teachers_table": tables.teachers_table(records),
         "students_table": tables.students_table(records),
+        "other_runs": tables.other_runs(records),
         "distill_table": tables.ablation_table(read_json(RESULTS / "distillation.json"), logs),
         "ablation_table": tables.ablation_table(ablations, logs),
         "others_table": tables.others_table(read_json(RESULTS / "others.json"), records),
@@ -154,10 +155,10 @@ def processes_line(result: dict[str, Any] | None) -> str:
     """What tools/latency.py measured of several processes that train together."""
     if result is None:
         return f"Speed: {NOT_MEASURED}."
-    one, several, count = result["processes"]["one"], result["processes"]["several"], result["threads"]
+    one, several, count = (result["processes"][name] for name in ("one", "several", "count"))
     return (
         f"On {result['machine'].partition(',')[0]}, {count} processes of one thread train {several:,.0f} images/s, one "
-        f"process of {count} threads {one:,.0f}: {several / one:.2f} times."
+        f"process of {result['threads']} threads {one:,.0f}: {several / one:.2f} times."
     )
 
 

@@ -53,6 +53,23 @@ def accuracy(run: Record, part: str) -> float | None:
     return run[part] and run[part]["accuracy"]
 
 
+def kind(run: Record) -> str:
+    """Which table shows a run."""
+    config = run["config"]
+    if run["name"] in EXPERIMENTS:
+        return "experiment"
+    if config.get("model", "mobilenetv3") != "mobilenetv3":
+        return "teacher"
+    if config.get("teacher", "none") != "none":
+        return "student"
+    return "other" if config.get("validation_per_class") or not run["name"].startswith("scratch") else "scratch"
+
+
+def took(run: Record) -> str:
+    """How long a run's epochs took."""
+    return duration(sum(row["seconds"] for row in run["history"]) or None)
+
+
 def spread(records: Records) -> str:
     """The test accuracies of all runs with the shipped run's recipe."""
     recipe = restore(records["scratch"]["config"])  # a setting that an older record lacks is off
@@ -104,21 +121,19 @@ def times_table(times: dict[str, Any], logs: Logs) -> str:
 
 def scratch_table(records: Records) -> str:
     """The shipped run and the others of its kind, in the order in which they ended."""
-    rows = []
-    runs = [run for name, run in records.items() if name.startswith("scratch")]
+    rows, runs = [], [run for run in records.values() if kind(run) == "scratch"]
     for run in sorted(runs, key=lambda run: run["date"]):
         made = [run["seed"], run["commit"] or "not recorded", run["torch"] or "not recorded"]
         scores = [percent(accuracy(run, "test")), percent(run["test"]["top5"]), f"{run['test']['loss']:.4f}"]
-        took = duration(sum(row["seconds"] for row in run["history"]))
         train = percent(accuracy(run, "train"))
-        rows.append([f"`{run['name']}`", run["title"], *made, train, *scores, took, link(run["log"], "log")])
+        rows.append([f"`{run['name']}`", run["title"], *made, train, *scores, took(run), link(run["log"], "log")])
     return table("run | what | seed | commit | torch | train | test top-1 | top-5 | loss | took | log", rows)
 
 
 def teachers_table(records: Records) -> str:
     """The larger networks that teach ours."""
     rows = []
-    for run in (run for run in records.values() if run["config"].get("model", "mobilenetv3") != "mobilenetv3"):
+    for run in (run for run in records.values() if kind(run) == "teacher"):
         config, cost = run["config"], run["cost"]
         made = [f"{config['image_size']} pixels", f"{cost['operations'] / 1e6:.0f} M", f"{cost['size_kb']:,.0f} kB"]
         figures = [percent(accuracy(run, part)) for part in ("train_eval", "validation", "test")]
@@ -129,14 +144,26 @@ def teachers_table(records: Records) -> str:
 
 def students_table(records: Records) -> str:
     """The runs that learnt from a teacher."""
+    runs = [run for run in records.values() if kind(run) == "student"]
+    return runs_table(runs) if runs else f"A run with a teacher: {NOT_MEASURED}."
+
+
+def other_runs(records: Records) -> str:
+    """A section with the runs that no other table shows; empty where there are none."""
+    runs = [run for run in records.values() if kind(run) == "other"]
+    return f"\n## Other runs\n\n{runs_table(runs)}\n" if runs else ""
+
+
+def runs_table(runs: list[Record]) -> str:
+    """Runs with their changed settings and all their accuracies."""
     rows = []
-    for run in (run for run in records.values() if run["config"].get("teacher", "none") != "none"):
+    for run in runs:
         figures = [percent(accuracy(run, part)) for part in ("train", "train_eval", "validation", "test")]
-        made = [run["config"]["epochs"], run["seed"], run["commit"]]
+        made = [run["config"]["epochs"], run["seed"], run["commit"], took(run)]
         links = [link(run["log"], "log"), link(run["curves"], "curves")]
         rows.append([f"`{run['name']}`", run["title"], *made, *figures, *links])
-    head = "run | what | epochs | seed | commit | train | train, eval mode | validation | test | log | curves"
-    return table(head, rows) if rows else f"A run with a teacher: {NOT_MEASURED}."
+    head = "run | what | epochs | seed | commit | took | train | train, eval mode | validation | test | log | curves"
+    return table(head, rows)
 
 
 def experiments_table(records: Records) -> str:
@@ -201,17 +228,19 @@ def fractions(records: Records) -> str:
 
     Where a run's weights were not scored on their training images, its log's running accuracy stands in for it.
     """
-    rows, known = [], []
+    rows, known, tests = [], [], []
     for run in (records[name] for name in EXPERIMENTS):
         claimed, seen, running, test = (accuracy(run, part) for part in ("claimed", "train_eval", "train", "test"))
         figures = [claimed, running if seen is None else seen, test]
         value = None if None in figures else 100 * fraction(*figures)
-        known += [] if value is None else [value]
+        if value is not None:
+            known.append(value)
+            tests.append(run["test"])
         cells = [percent(figure) for figure in figures]
         cells[1] += " (running)" * (seen is None and running is not None)
         rows.append([f"`{run['name']}`", *cells, percent(value)])
     text = f"{len(known)} of {len(EXPERIMENTS)} fractions can be computed"
-    if len(known) > 1:
+    if any(test != tests[0] for test in tests):  # runs of the same weights say nothing of each other
         apart = max(known) - min(known)
         text += f". They lie between {min(known):.1f} and {max(known):.1f} %, {apart:.1f} points apart: they "
         text += f"{'agree' if apart <= FEW_POINTS else 'do not agree'} within {FEW_POINTS} points"
