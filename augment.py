@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from data import CLASSES, SIDE, DataError, Images, load_training, normalise
+from data import CLASSES, SIDE, Images, load_training, normalise
+from utils import UserError
 
 SMALL_SIDE = 24  # pixels; an epoch of such images takes 0.6 of the time
-# torch uses 32 bits of a seed on a CPU: with this stride runs of up to 1,264 epochs share no (seed, epoch).
+# A CPU generator uses 32 bits of its seed: with this stride no two epochs of runs of up to 1,264 epochs share them.
 SEED_STRIDE = 1_000_003
-TAUGHT_SEED = 1_000_001  # above any seed: a teacher has learnt its own views, so its student's are others
+TAUGHT_SEED = 1_000_001  # added where there is a teacher, so that it has not learnt the student's views; above any seed
 
 
 def pixel_table(images: Tensor) -> Tensor:
@@ -85,9 +86,8 @@ def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Te
 
 def affine(images: Tensor, level: Tensor, matrix: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """Move pixels by the identity plus level (N, 1, 1, 1) times a 2 x 3 matrix, half the image's side as unit."""
-    identity = torch.eye(2, 3, device=images.device)
     move = torch.stack([torch.stack([value * level.flatten() for value in row], 1) for row in matrix], 1)
-    return sample(images, identity + move)
+    return sample(images, torch.eye(2, 3, device=images.device) + move)
 
 
 def sample(images: Tensor, matrices: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class Loader:
 
 
 def build_loader(config: Any, device: torch.device, rank: int = 0, processes: int = 1) -> tuple[Loader, Images]:
-    """The loader of a run's training images, and its validation images, on the device. Raises DataError.
+    """The loader of a run's training images, and its validation images, on the device. Raises UserError.
 
     Each of several processes makes the same whole batches and takes the images rank, rank + processes, ... of each.
     """
@@ -246,5 +246,5 @@ def build_loader(config: Any, device: torch.device, rank: int = 0, processes: in
     )
     loader = Loader(train.to(device), config, slice(rank, None, processes))
     if loader.batch_size % processes:
-        raise DataError(f"{processes} processes cannot share batches of {loader.batch_size} images evenly. Change one")
+        raise UserError(f"{processes} processes cannot share batches of {loader.batch_size} images evenly. Change one")
     return loader, validation.to(device)

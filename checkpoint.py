@@ -23,6 +23,7 @@ FORMAT = 1
 BEST = Path("checkpoints/best.pth")  # the best of the latest training on this machine
 PUBLISHED = Path("checkpoints/published.pth")
 MAX_BYTES = 2 * 2**30  # bytes unpacked; ours have 4 to 16 MB, a teacher of 100 M parameters 1.6 GB
+MAX_VALUES = 2_000_000  # in one checkpoint; a run of 100,000 epochs has 800,000
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
            "images_per_second", "seconds")  # fmt: skip
 
@@ -93,9 +94,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def digest(content: dict[str, Any]) -> str:
-    """SHA-256 over the names, types, shapes and bytes of everything in a nested dict, in its order."""
-    sha = hashlib.sha256()
-    for name, value in leaves(content):
+    """SHA-256 over the names, types, shapes and bytes of everything in a nested dict, in its order.
+
+    Raises ValueError where that is more than MAX_BYTES or MAX_VALUES: in a small file one number can stand for a large
+    tensor, and one list for many.
+    """
+    sha, left = hashlib.sha256(), MAX_BYTES
+    for count, (name, value) in enumerate(leaves(content)):
+        left -= value.nbytes if isinstance(value, Tensor) else 0
+        if left < 0 or count == MAX_VALUES:
+            raise ValueError(f"it unpacks to more than {MAX_BYTES // 2**20} MiB or {MAX_VALUES:,} values")
         if isinstance(value, Tensor):
             sha.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
             sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -211,7 +219,7 @@ def draw_curves(runs: dict[str, History], path: Path) -> None:
     if len(runs) > 1:
         figure.suptitle("train dashed, validation solid, its best epoch marked", fontsize=11)
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        axes.set(xlabel="epoch", ylabel=name + " (%)" * (name == "accuracy"))
+        axes.set(xlabel="epoch", ylabel="accuracy (%)" if name == "accuracy" else name)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.2)
         for (run, history), colour, marker in zip(runs.items(), cycle(COLOURS), cycle(MARKERS)):

@@ -91,8 +91,10 @@ class Config:
             )
         if self.schedule == "cosine" and self.lr_step:
             raise ValueError(f"lr_step {self.lr_step} has no meaning with schedule cosine; use 0")
+        if self.teacher_views and self.teacher == "none":
+            raise ValueError(f"teacher_views {self.teacher_views} needs a teacher: it repeats what the model sees")
         if self.teacher_views and self.dropout:
-            raise ValueError("teacher_views needs dropout 0: its draws would repeat, and change how images mix")
+            raise ValueError("teacher_views needs dropout 0: dropout and mixing share one random generator")
 
     @property
     def updates_best(self) -> bool:

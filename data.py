@@ -49,11 +49,11 @@ class Images(NamedTuple):
 def load_training(
     dataset: str, data_dir: str, validation_per_class: int, images_per_class: int = 0
 ) -> tuple[Images, Images]:
-    """The training and the validation images, on the CPU; so many images a class (0: all). Raises DataError."""
+    """The training and the validation images, on the CPU; so many images a class (0: all). Raises UserError."""
     images, labels = load(dataset, data_dir, "train", images_per_class)
     train, validation = split(labels, validation_per_class, images_per_class)
     if not len(train):
-        raise DataError(f"validation_per_class {validation_per_class} leaves no image to train on. Lower it")
+        raise UserError(f"validation_per_class {validation_per_class} leaves no image to train on. Lower it")
     return Images(images[train], labels[train]), Images(images[validation], labels[validation])
 
 
@@ -79,8 +79,8 @@ def load(dataset: str, data_dir: str, source: str, per_class: int = 0) -> Images
 def synthetic(per_class: int, seed: int) -> Images:
     """Generated images that stand in for CIFAR-100, so that the program can be tried without a download.
 
-    There are ten patterns. The label's tens choose the upper half's, its ones that of the lower half. Offset, the two
-    colours and noise are random, so that single pixels say next to nothing about the class.
+    There are ten patterns. The label's tens digit chooses that of the upper half, its ones digit that of the lower one.
+    Offset, the two colours and noise are random, so that single pixels say next to nothing about the class.
     """
     patterns = torch.rand(10, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5  # the same for every seed
     patterns = patterns.repeat_interleave(4, 1).repeat_interleave(8, 2)  # (10, 16, 32)

@@ -118,18 +118,19 @@ def build_model(name: str, dropout: float = 0.0, image_size: int = 32, pretraine
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> tuple[int, int]:
     """Start a model from a state dict; how many tensors were taken, of how many.
 
-    Tensors are matched by name, or, where no name fits, by their order; all shapes must be equal but for the
-    classifier's, which then keeps its random weights. Raises ValueError.
+    Tensors are matched by name, or, where no name fits, by their order. All shapes must be equal, but a tensor of 100
+    rows, as the classifier's, may differ and then keeps its random weights. Raises ValueError.
     """
     own = (model[1] if isinstance(model, nn.Sequential) else model).state_dict()
     if not own.keys() & weights.keys():
         if len(own) != len(weights):
             raise ValueError(f"there are {len(weights)} tensors, and the model has {len(own)}")
         weights = dict(zip(own, weights.values(), strict=True))
-    fits = {name: weights[name].shape == tensor.shape for name, tensor in own.items() if name in weights}
-    for name in (name for name, fit in fits.items() if not fit and own[name].shape[:1] != (CLASSES,)):
-        raise ValueError(f"{name} is {(*weights[name].shape,)}, and the model's {(*own[name].shape,)}")
-    taken = [name for name, fit in fits.items() if fit]
-    for name in taken:
-        own[name].copy_(weights[name])
-    return len(taken), len(own)
+    taken = 0
+    for name, tensor in own.items():
+        if name in weights and weights[name].shape == tensor.shape:
+            tensor.copy_(weights[name])
+            taken += 1
+        elif name in weights and tensor.shape[:1] != (CLASSES,):
+            raise ValueError(f"{name} is {(*weights[name].shape,)}, and the model's {(*tensor.shape,)}")
+    return taken, len(own)

@@ -24,7 +24,7 @@ def build_optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
-    for p in model.parameters():  # torch leaves them unset where GradScaler skips the first step
+    for p in model.parameters():  # torch leaves them uninitialised where GradScaler skips the first step
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
@@ -96,7 +96,8 @@ def kl_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def standardised_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL divergence of logits with mean 0 and std 1 (logit standardisation: Sun et al., 2024)."""
     student, teacher = (
-        (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True) for logits in (student, teacher)
+        (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=0.01)  # a new head may give 0
+        for logits in (student, teacher)
     )
     return kl_loss(student, teacher, temperature)
 
@@ -114,13 +115,18 @@ class Teacher:
     """A model in eval mode whose logits another one learns, in half precision where the device is faster in it.
 
     It sees the same view of each image as the student (consistent teaching: Beyer et al., 2022). The logits of an epoch
-    are in `made`; given back when the same views come again, they spare the teacher's forward pass.
+    are in `made`. Where the same views come again, `start_epoch` takes them back and the model is not run.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, compile: bool = False) -> None:
         self.model, self.device = model.to(device, memory_format=torch.channels_last), device
-        if compile:  # with frozen weights, so that batch norm becomes part of the convolutions
-            self.model = torch.compile(self.model, dynamic=False, options={"freezing": True})
+        if compile:
+            from torch._inductor import config as inductor  # here, as its import takes a second
+
+            # Weights become constants, and batch norm a part of the convolutions: only in graphs without gradients.
+            # As an option of torch.compile it would be set too late.
+            inductor.freezing = True
+            self.model = torch.compile(self.model, dynamic=False)
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         self.autocast = torch.autocast(device.type, dtype, enabled=fast)
         self.start_epoch()
@@ -134,7 +140,7 @@ class Teacher:
         """Logits (N, 100), float32, for the normalised images (N, 3, H, W) of the epoch's next batch."""
         if self.known is not None:
             return next(self.known).float()
-        with torch.inference_mode(), self.autocast:
+        with torch.no_grad(), self.autocast:
             logits = self.model(images).half()
-        self.made.append(logits.clone())  # outside of inference mode, so that a loss can save it for its gradient
-        return self.made[-1].float()
+        self.made.append(logits)
+        return logits.float()

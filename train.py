@@ -152,10 +152,11 @@ def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Lab
             checkpoint.copy(folder / "best.pth", checkpoint.BEST)
         if best and config.validation_per_class:
             print("Saved Best Model")
-        for name, value in state.history[-1].items() if writer else ():
-            if value is not None:
-                writer.add_scalar(name, value, epoch)
-        print(f"Learning Rate: {state.scheduler.get_last_lr()[0]:.6f}", flush=True)
+        if writer:
+            for name, value in state.history[-1].items():
+                if value is not None:
+                    writer.add_scalar(name, value, epoch)
+        print(f"Learning Rate: {row['lr']:.6f}", flush=True)
         if time.monotonic() - last_drawn > 60:  # drawing takes half a second
             checkpoint.draw_curves({folder.name: state.history}, folder / "curves.png")
             last_drawn = time.monotonic()
@@ -165,14 +166,14 @@ def train(config: Config, folder: Path | None = None) -> Path:
     """Train, or go on with the run in `folder`; the run's folder. Raises UserError.
 
     On Ctrl-C and SIGTERM it prints how to go on and raises KeyboardInterrupt: the epoch under way is repeated then.
-    With several processes, of which each has called this, the first writes the files.
+    Each of several processes calls this; the first one writes the files.
     """
     try:
         device = utils.set_up_torch(config.device, config.threads, config.deterministic)
         loader, validation = build_loader(config, device, utils.rank(), utils.processes())
         state = TrainState(config, device, folder)
         if folder is None:
-            name = config.experiment + "-synthetic" * (config.dataset == "synthetic")
+            name = config.experiment if config.dataset == "cifar100" else f"{config.experiment}-{config.dataset}"
             folder = utils.from_first(lambda: checkpoint.new_run(config.runs_dir, name, asdict(config)))
         with utils.locked(folder) if utils.rank() == 0 else nullcontext():
             if (folder / "last.pth").exists():
@@ -212,7 +213,7 @@ def summary(folder: Path, config: Config) -> str:
     """What a finished run gave, where it is, and what to type next."""
     best = checkpoint.load(folder / "best.pth")
     accuracy = best["metrics"]["validation_accuracy"]
-    elsewhere = f" --data_dir {shlex.quote(config.data_dir)}" * (config.data_dir != Config.data_dir)
+    elsewhere = "" if config.data_dir == Config.data_dir else f" --data_dir {shlex.quote(config.data_dir)}"
     validated = "the last, without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
     return (
         f"Best epoch: {best['epoch']} of {config.epochs} ({validated})\n"

@@ -130,7 +130,7 @@ def processes() -> int:
 
 
 def rank() -> int:
-    """This process's number among them; 0 is the one that prints, draws and writes."""
+    """This process's number among those that train together; 0 is the one that prints, draws and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -186,6 +186,7 @@ def set_up_torch(device: str, threads: int, deterministic: bool) -> torch.device
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
         torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic  # a run has two shapes: cuDNN times its algorithms for each
     return choose_device(device)
 
 
@@ -206,7 +207,7 @@ def provenance(device: str) -> dict[str, str | None]:
         cpus = Path("/proc/cpuinfo")  # of Linux
         names = re.findall(r"^model name\s*: (.+)$", cpus.read_text(), re.MULTILINE) if cpus.exists() else []
         threads = torch.get_num_threads()
-        machine = f"{[*names, platform.machine()][0]}, {threads} thread{'s' * (threads > 1)}"
+        machine = f"{[*names, platform.machine()][0]}, {threads} {'thread' if threads == 1 else 'threads'}"
     machine = f"{processes()} x {machine}" if processes() > 1 else machine
     return {"torch": str(torch.__version__), "commit": commit, "machine": machine}
 

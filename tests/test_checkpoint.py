@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back, what is damaged or hostile does not."""
 
+import functools
 import random
 import zipfile
 from datetime import datetime
@@ -76,7 +77,7 @@ def test_code_in_a_checkpoint_does_not_run(path: Path) -> None:
     assert not Bomb.exploded
 
 
-def test_other_files_are_refused(path: Path) -> None:
+def test_other_files_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"weights": {}}, path)
     with pytest.raises(checkpoint.CheckpointError, match="not written by this program"):
         checkpoint.load(path)
@@ -87,6 +88,13 @@ def test_other_files_are_refused(path: Path) -> None:
         archive.writestr("archive/data.pkl", bytes(checkpoint.MAX_BYTES + 1))
     with pytest.raises(checkpoint.CheckpointError, match="unpacks to more"):
         checkpoint.load(path)
+    path.unlink()
+    monkeypatch.setattr(checkpoint, "MAX_VALUES", 10_000)
+    for large in (torch.zeros(1).expand(10**10), functools.reduce(lambda inner, _: [inner, inner], range(40), 0)):
+        torch.save({"format": checkpoint.FORMAT, "weights": large, "digest": ""}, path)
+        assert path.stat().st_size < 5_000
+        with pytest.raises(checkpoint.CheckpointError, match="unpacks to more"):
+            checkpoint.load(path)
     path.unlink()
     path.mkdir()
     with pytest.raises(checkpoint.CheckpointError, match="cannot be used"):

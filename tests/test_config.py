@@ -53,7 +53,8 @@ def test_wrong_types_and_values_are_refused(name: str) -> None:
     [
         {"images_per_class": 20, "validation_per_class": 20},
         {"schedule": "cosine", "lr_step": 3},
-        {"teacher_views": 2, "dropout": 0.1},
+        {"teacher_views": 2, "dropout": 0.1, "teacher": "any.pth"},
+        {"teacher_views": 2},
     ],
 )
 def test_contradictions_are_refused(contradicting: dict) -> None:

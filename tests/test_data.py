@@ -16,6 +16,7 @@ from torchvision.datasets import CIFAR100
 import data
 from data import synthetic
 from tests.helpers import Bomb, small_set, taken_for_official
+from utils import UserError
 
 Arrays = dict[str, np.ndarray]
 
@@ -184,7 +185,7 @@ def test_synthetic_is_deterministic_and_its_test_images_are_others() -> None:
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
-    with pytest.raises(data.DataError, match="validation_per_class 300 leaves no image"):
+    with pytest.raises(UserError, match="validation_per_class 300 leaves no image"):
         data.load_training("synthetic", "", validation_per_class=300)
 
 

@@ -48,6 +48,14 @@ def centred(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", optim.DISTILLATION)
+def test_a_head_that_starts_at_zero_learns(name: str) -> None:
+    """As those of some timm networks: the logits of an image are equal in the first step."""
+    logits = torch.zeros(6, 10, requires_grad=True)
+    optim.DISTILLATION[name](logits, torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), 2.0).backward()
+    assert 0 < logits.grad.abs().max() < 100
+
+
+@pytest.mark.parametrize("name", optim.DISTILLATION)
 def test_distillation_losses_are_their_formulas(name: str) -> None:
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(0, 3, (2, 6, 10))
@@ -188,7 +196,7 @@ def test_a_run_keeps_its_teacher(tiny: Config, teacher: Path, monkeypatch: pytes
 
 def test_views_repeat_only_where_asked(tiny: Config) -> None:
     """All of an epoch's images, mixed ones too, of a small epoch and of one that is not."""
-    mixed = replace(tiny, epochs=4, small_fraction=0.5, mixup=1.0, cutmix=1.0, mix_prob=0.5)
+    mixed = replace(tiny, epochs=4, small_fraction=0.5, mixup=1.0, cutmix=1.0, mix_prob=0.5, teacher="any.pth")
     for views, same in ((0, False), (2, True)):
         loader, _ = build_loader(replace(mixed, teacher_views=views), CPU)
         images, names = [], []

@@ -10,7 +10,7 @@ from pathlib import Path
 ALLOWED = {
     "train": {"augment", "checkpoint", "config", "evaluate", "model", "optim", "utils"},
     "evaluate": {"checkpoint", "config", "data", "model", "utils"},
-    "augment": {"data"},
+    "augment": {"data", "utils"},
     "checkpoint": {"utils"},
     "data": {"utils"},
     "optim": set(),

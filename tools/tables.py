@@ -102,12 +102,12 @@ def grade_lines(records: Records) -> str:
 
 
 def sample_lines(history: History) -> str:
-    """What a run with cosine decay to 0 prints after its last epoch, where that is its best."""
+    """What a run prints after its last epoch, where that is its best."""
     row, lines = history[-1], [f"Epoch {len(history)}/{len(history)}"]
     for part in ("train", "validation"):
         name, loss, correct = part.capitalize(), row[f"{part}_loss"], row[f"{part}_accuracy"]
         lines.append(f"{name} Loss: {loss:.4f}, {name} Accuracy: {correct:.2f}%")
-    return "\n".join(["```", *lines, "Saved Best Model", "Learning Rate: 0.000000", "```"])
+    return "\n".join(["```", *lines, "Saved Best Model", f"Learning Rate: {row['lr']:.6f}", "```"])
 
 
 def times_table(times: dict[str, Any], logs: Logs) -> str:
