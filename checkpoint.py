@@ -37,9 +37,12 @@ class CheckpointError(UserError):
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a dict of tensors, numbers, strings, lists and dicts, with format number and digest."""
+    """Write a dict of tensors, numbers, strings, lists and dicts, with format number and digest. Raises UserError."""
     content = {"format": FORMAT, **content}
-    content["digest"] = digest(content)
+    try:
+        content["digest"] = digest(content)
+    except ValueError as error:
+        raise UserError(f"{path} could not be opened again: {error}. Train a smaller model") from error
     archive = io.BytesIO()  # torch.save's writer would hide why a file cannot be written
     torch.save(content, archive)
     atomic_write(path, lambda file: file.write(archive.getbuffer()))

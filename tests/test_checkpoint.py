@@ -101,6 +101,13 @@ def test_other_files_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         checkpoint.load(path)
 
 
+def test_what_could_not_be_opened_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_BYTES", 1_000)
+    with pytest.raises(utils.UserError, match=r"other\.pth could not be opened again"):
+        checkpoint.save(path.with_name("other.pth"), CONTENT)
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_runs_of_one_second_have_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where another process makes the folder just before."""
 
