@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 import checkpoint
 from config import Config, preset
@@ -33,6 +34,22 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert second.split() == ["b", "2", "2", "-", "50.00", "-", "1"]
     assert notes[:2] == ["a changed nothing", "b changed epochs=7"]
     assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_shows_each_column_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {name: 10.0 * i + epoch for i, name in enumerate(checkpoint.COLUMNS)} | {"epoch": epoch} for epoch in (1, 2)
+    ]
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes,
+        "plot",
+        lambda axes, x, y, *style, **more: (drawn.append((axes.get_ylabel(), y)), plot(axes, x, y, *style, **more))[1],
+    )
+    checkpoint.draw_curves({"a": rows}, tmp_path / "a.png")
+    columns = {"loss": ("train_loss", "validation_loss"), "accuracy (%)": ("train_accuracy", "validation_accuracy")}
+    expected = [(label, [row[name] for row in rows]) for label, names in columns.items() for name in names]
+    assert [(label, y) for label, y in drawn if isinstance(y, list)] == expected  # a marker is no list
 
 
 def test_an_older_runs_missing_setting_is_off(tmp_path: Path) -> None:

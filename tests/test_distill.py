@@ -199,12 +199,14 @@ def test_views_repeat_only_where_asked(tiny: Config) -> None:
     mixed = replace(tiny, epochs=4, small_fraction=0.5, mixup=1.0, cutmix=1.0, mix_prob=0.5, teacher="any.pth")
     for views, same in ((0, False), (2, True)):
         loader, _ = build_loader(replace(mixed, teacher_views=views), CPU)
-        images, names = [], []
+        images, names, sides = [], [], []
         for epoch in (1, 3):
             loader.set_epoch(epoch)
             images.append(torch.cat([batch for batch, _ in loader]))
+            sides.append(loader.resize(images[-1]).shape[-1])
             names.append(loader.view)
         assert torch.equal(*images) == (names[0] == names[1]) == same
+        assert sides == [24, 32]
 
 
 def test_bad_input_is_one_line(tiny: Config, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evaluate
-from model import BLOCKS, InvertedResidual, MobileNetV3, SqueezeExcitation
+from model import MobileNetV3
 
 
 def size(model: nn.Module) -> float:
@@ -85,32 +85,6 @@ def test_output_shapes() -> None:
         assert x.shape == (2, channels, side, side)
     assert model.head(x).shape == (2, 960, 2, 2)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
-
-
-def test_residual_only_where_shapes_agree() -> None:
-    assert [InvertedResidual(block).residual for block in BLOCKS] == [
-        True,
-        False,
-        True,
-        False,
-        True,
-        False,
-        False,
-        False,
-    ]
-    block = InvertedResidual(BLOCKS[2]).eval()
-    nn.init.zeros_(block.project[1].weight)  # the branch gives 0, the residual is left: nothing is applied after it
-    x = torch.randn(2, 24, 16, 16)
-    assert torch.equal(block(x), x)
-
-
-def test_squeeze_excitation_scales_channels() -> None:
-    excite = SqueezeExcitation(8)
-    nn.init.zeros_(excite.gate[2].weight)
-    with torch.no_grad():
-        excite.gate[2].bias.copy_(torch.linspace(-3, 3, 8))
-    x = torch.randn(2, 8, 5, 5)
-    assert torch.allclose(excite(x), x * torch.linspace(-3, 3, 8).sigmoid().view(1, 8, 1, 1))
 
 
 def test_dropout_after_each_projection_and_before_the_classifier() -> None:

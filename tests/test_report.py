@@ -87,6 +87,7 @@ def test_known_predictions_are_counted_right(monkeypatch: pytest.MonkeyPatch, mo
     monkeypatch.setattr(evaluate, "logits", lambda model, images: 9.0 * nn.functional.one_hot(predicted, 100))
     results = report.compute(write_checkpoint(tmp_path / "any.pth", model))
     assert (results.images, results.top1) == (200, 197)
+    assert ("pattern 9 over 9", "pattern 0 over 0") in {(m.true, m.predicted) for m in results.mistakes}
     supers, classes = {name: rest for name, *rest in results.superclasses}, dict(results.classes)
     assert supers["pattern 0 above"] == [0.9, 1.0] and supers["pattern 9 above"] == [0.95, 0.95]
     assert classes["pattern 0 over 0"] == 0 and classes["pattern 9 over 9"] == 0.5
@@ -141,6 +142,9 @@ def test_page_shows_the_calibration_before_and_after(monkeypatch, model: nn.Modu
     confidence, predicted = logits.softmax(1).max(1)
     error, bins = report.calibration(confidence, (predicted == test.labels).double())
     assert fitted.scaled.error == error and torch.equal(fitted.scaled.bins, bins)
+    assert 100 * fitted.top5 / fitted.images == pytest.approx(evaluate.evaluate(model, test).top5)
+    confidences = [mistake.probability for mistake in fitted.mistakes]
+    assert confidences == sorted(confidences, reverse=True)
     page = report.render(fitted)
     assert f"The temperature {fitted.temperature:.4f}, fitted on the 5000 validation images of its run" in page
     assert "the order of the classes stays, and with it the accuracy" in page

@@ -240,6 +240,14 @@ def test_records_have_the_recipes_of_the_presets() -> None:
     for name in (*tables.EXPERIMENTS, "scratch"):
         recorded = json.loads(Path(f"docs/results/{name}.json").read_text())["config"]
         assert recorded.items() <= preset(name).items(), name
+    recorded = json.loads(Path("docs/results/teacher.json").read_text())["config"]
+    for local in (
+        "weights",
+        "pretrained",
+        "distill_loss",
+    ):  # it started from a file, and had no teacher
+        del recorded[local]
+    assert recorded.items() <= preset("teacher").items()
 
 
 def test_the_shipped_record_agrees_with_the_published_checkpoint() -> None:

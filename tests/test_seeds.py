@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint
+import evaluate
 import train
 from config import Config
 from tools import seeds
@@ -36,6 +37,12 @@ def test_seeds_give_mean_and_standard_deviation(tiny: Config, capsys: pytest.Cap
         capsys.readouterr().out.splitlines()[-1]
         == f"Best validation accuracy of 2 seeds: {mean:.2f} % ± {std:.2f} (standard deviation)"
     )
+
+
+def test_the_best_epoch_counts(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([50.0, 40.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: evaluate.Scores(1.0, next(accuracies), 90.0))
+    assert seeds.train_seeds([replace(tiny, images_per_class=4)]) == [50.0]
 
 
 def test_each_run_has_a_seed_of_its_own() -> None:

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -108,19 +107,6 @@ def test_a_second_builder_waits_and_uses_what_the_first_built(tmp_path: Path) ->
     second.join(10)
     assert done.is_set()
     assert path.read_bytes() == b"built by the first"
-
-
-def test_a_read_only_folder_stops_training_with_one_line(tiny: Config, monkeypatch) -> None:
-    """As a user other than root meets it: root writes to read-only folders."""
-
-    def refuse(**where: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    folder = new_run(tiny)
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    with pytest.raises(utils.UserError, match=r"best.pth cannot be written: Permission denied"):
-        train.train(replace(tiny, images_per_class=4), folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
 
 
 def test_temporary_files_of_a_killed_run_are_removed(tiny: Config) -> None:

@@ -81,11 +81,18 @@ def test_loss_and_accuracy_are_those_before_the_step() -> None:
     torch.manual_seed(config.seed)
     logits = before(loader.resize(images))
     loss = nn.functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing).item()
+    state.model.eval()  # as a validation leaves it
     meter = train.train_one_epoch(state, loader, build_criterion(config))
     accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
     assert meter.count == len(labels) == 64
     assert meter.read() == pytest.approx((loss, accuracy), rel=1e-4)
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), state.model.parameters(), strict=True))
+
+
+def test_the_ema_takes_in_each_step() -> None:
+    state, loader = started(replace(ONE_STEP, batch_size=32))
+    train_epochs(state, loader, 2)
+    assert state.ema.updates == 2 * len(loader) == 6
 
 
 def test_meter_weighs_batches_by_their_size() -> None:

@@ -1,6 +1,7 @@
 """Training: loop, files, stopping, resuming and refusing."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import data
 import evaluate
 import train
 import utils
@@ -98,7 +101,8 @@ def test_the_ema_is_validated_on_the_validation_images(tiny: Config, monkeypatch
     folder = train.train(config)
     ((weights, images, training),) = seen
     assert not training
-    assert torch.equal(images.images, build_loader(config, torch.device("cpu"))[1].images)
+    expected = data.load_training("synthetic", "", config.validation_per_class, config.images_per_class)[1]
+    assert torch.equal(images.images, expected.images) and torch.equal(images.labels, expected.labels)
     parts = checkpoint.load(folder / "last.pth")["state"]
     assert all(torch.equal(weights[name], value) for name, value in parts["average"]["network"].items())
     assert not torch.equal(weights["classifier.weight"], parts["network"]["classifier.weight"])
@@ -141,6 +145,17 @@ def test_an_epoch_of_equal_accuracy_does_not_replace_the_best(tiny: Config, monk
     monkeypatch.setattr(train, "evaluate", lambda *_: evaluate.Scores(1.0, next(accuracies), 90.0))
     folder = train.train(replace(tiny, epochs=3, images_per_class=4))
     assert checkpoint.load(folder / "best.pth")["epoch"] == 1
+    rows = checkpoint.load(folder / "last.pth")["history"]
+    assert [row["validation_loss"] for row in rows] == [1.0, 1.0, 1.0]
+    assert [row["validation_accuracy"] for row in rows] == [50.0, 50.0, 49.0], "top-1, not top-5"
+
+
+def test_speed_and_time_of_an_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves on two seconds at each look; an epoch has 7 batches of 64 images."""
+    clock = itertools.count(0, 2)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=time.monotonic))
+    (row,) = checkpoint.load(train.train(replace(tiny, epochs=1)) / "last.pth")["history"]
+    assert (row["images_per_second"], row["seconds"]) == (7 * 64 / 2, 4)
 
 
 def test_the_program_ends_with_a_summary(tiny: Config, capsys: pytest.CaptureFixture, handlers: None) -> None:
