@@ -53,6 +53,8 @@ def load(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path} is not there. Give the path of one that is, or train one: python train.py")
     try:
+        if path.is_dir():
+            raise ValueError("it is a folder; the weights of a run are in its best.pth")
         check_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or "digest" not in content:
@@ -77,7 +79,10 @@ def check_size(path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of any plain state dict, by name, on the CPU. Raises CheckpointError."""
+    """The tensors of a safetensors file, of any plain state dict or of a run's best.pth, by name, on the CPU.
+
+    Raises CheckpointError.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # optional
@@ -87,6 +92,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             if zipfile.is_zipfile(path):  # older files of torch are not, and cannot be compressed
                 check_size(path)
             weights = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(weights, dict) and "digest" in weights:
+                weights = load(path).get("weights")
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             raise ValueError("it holds no plain state dict")
     except ImportError as error:

@@ -23,8 +23,11 @@ def setting(
     """A dataclass field: its default, its unit and meaning, and the values that it allows.
 
     `base` is its value in the base recipe, in which every technique is off: presets start from there, and an older
-    run that lacks the setting has it. With `recipe` False the setting says where and how to run, not what to train.
+    run that lacks the setting has it. With `recipe` False the setting says where and how to run, not what to train,
+    and needs none.
     """
+    if recipe and base is MISSING:
+        raise TypeError(f"the setting with the help {help!r} needs a base, the value that turns it off")
     metadata = {"help": help, "min": min, "max": max, "choices": choices, "pattern": pattern, "recipe": recipe}
     return field(default=default, metadata=metadata | {"base": default if base is MISSING else base})
 
@@ -91,6 +94,8 @@ class Config:
             )
         if self.schedule == "cosine" and self.lr_step:
             raise ValueError(f"lr_step {self.lr_step} has no meaning with schedule cosine; use 0")
+        if self.pretrained and self.model == "mobilenetv3":
+            raise ValueError("pretrained needs a timm model: there are no ImageNet weights of mobilenetv3")
         if self.teacher_views and self.teacher == "none":
             raise ValueError(f"teacher_views {self.teacher_views} needs a teacher: it repeats what the model sees")
         if self.teacher_views and self.dropout:
@@ -151,8 +156,11 @@ def base_recipe() -> dict[str, Any]:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The whole recipe of a preset."""
-    return base_recipe() | PRESETS[name]
+    """The whole recipe of a preset. Raises ValueError where it has a setting that there is not."""
+    base = base_recipe()
+    if unknown := sorted(PRESETS[name].keys() - base.keys()):
+        raise ValueError(f"preset {name} in config.py has unknown settings: {', '.join(unknown)}")
+    return base | PRESETS[name]
 
 
 def changes(config: Config) -> dict[str, Any]:
@@ -167,7 +175,8 @@ def restore(stored: dict[str, Any]) -> Config:
     """The settings that a run wrote. One that an older run lacks has its base value, "off". Raises ValueError."""
     stored = {OLD_NAMES.get(name, name): value for name, value in stored.items()}
     if unknown := sorted(stored.keys() - {f.name for f in fields(Config)}):
-        raise ValueError(f"written by a newer version of this program, which has {', '.join(unknown)}")
+        names = ", ".join(unknown)
+        raise ValueError(f"config.py does not know {names}: of a newer version, or renamed (then see OLD_NAMES there)")
     return Config(**{f.name: f.metadata["base"] for f in fields(Config)} | stored)
 
 

@@ -112,10 +112,15 @@ def load_model(content: dict[str, Any], path: Path) -> nn.Module:
         raise checkpoint.CheckpointError(f"{path} holds no settings of a run. Give another checkpoint") from error
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{path} cannot be used: {error}. Give another checkpoint") from error
+    if "weights" not in content:
+        raise checkpoint.CheckpointError(f"{path} holds no weights of this model alone. Of a run, give its best.pth")
     try:
         model.load_state_dict(content["weights"])
-    except (KeyError, RuntimeError) as error:
-        raise checkpoint.CheckpointError(f"{path} holds no weights of this model. Give another checkpoint") from error
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(
+            f"{path} holds no weights of this model; model.py may have been changed since. Give another checkpoint, or "
+            "delete this one"
+        ) from error
     return model.eval()
 
 

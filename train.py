@@ -194,6 +194,8 @@ def train(config: Config, folder: Path | None = None) -> Path:
         print(f"\nStopped. {go_on}" if folder else "\nStopped before any step", flush=True)
         raise
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError("the GPU's memory is too small for this run. Try a lower --batch_size") from error
         if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise UserError(f"torch.compile failed: {utils.one_line(error)}. Train without --compile") from error
         raise

@@ -2,7 +2,7 @@
 
 import csv
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +19,8 @@ from data import synthetic
 # It starts from a preset, so that a default can be edited and the suite still passes.
 TINY = Config(
     **preset("scratch") | {"validation_per_class": 3, "batch_size": 64, "epochs": 2},
-    dataset="synthetic", images_per_class=8, device="cpu", threads=1, seed=0, compile=False,
+    experiment="default", dataset="synthetic", images_per_class=8, seed=0, device="cpu", threads=1, compile=False,
+    deterministic=False, tensorboard=False, data_dir="data", runs_dir="runs",
 )  # fmt: skip
 EVERYTHING = {  # the parts of a recipe that hold a state or draw random numbers
     "schedule": "cosine", "warmup_epochs": 1, "lr": 3e-3, "weight_decay": 0.05, "decay_norms": False, "ema": 0.9,
@@ -40,7 +41,7 @@ class Bomb:
 
 def write_checkpoint(path: Path, model: nn.Module, dataset: str = "synthetic", **more: Any) -> Path:
     """A checkpoint of the model, as a run writes best.pth; `more` adds to its content, or replaces parts of it."""
-    config = asdict(Config(dataset=dataset))
+    config = asdict(replace(TINY, dataset=dataset, validation_per_class=50, images_per_class=0))
     content = {"config": config, "date": "2026-01-01", "epoch": 1, "weights": model.state_dict()}
     checkpoint.save(path, content | more)
     return path

@@ -23,7 +23,7 @@ import evaluate
 import train
 from config import Config, preset
 from model import MobileNetV3
-from tests.helpers import log_rows, small_set, taken_for_official
+from tests.helpers import TINY, log_rows, small_set, taken_for_official
 
 # Runs are forked from a server that has imported torch once and has run nothing: autograd does not survive a fork.
 SERVER = multiprocessing.get_context("forkserver")
@@ -131,7 +131,7 @@ def damage(count: int, seed: int) -> tuple[int, int, int]:
     model, arrays = MobileNetV3(), small_set()
     with tempfile.TemporaryDirectory() as temporary, taken_for_official(arrays):
         pth, npz = Path(temporary, "some.pth"), Path(temporary, "cifar100.npz")
-        content = {"config": asdict(Config()), "epoch": 1, "weights": model.state_dict()}
+        content = {"config": asdict(TINY), "epoch": 1, "weights": model.state_dict()}
         checkpoint.save(pth, content)
         np.savez(npz, **arrays)
         wholes = {pth: pth.read_bytes(), npz: npz.read_bytes()}

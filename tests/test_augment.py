@@ -107,10 +107,10 @@ def test_colour_operations_against_torchvision(images: Tensor, name: str, refere
         assert (result - reference(image, level).float()).abs().max() <= tolerance
 
 
-def test_each_operation_has_its_reference() -> None:
-    """In one of the two lists above; the identity is in the second."""
+def test_each_of_our_operations_has_its_reference() -> None:
+    """In one of the two lists above; the identity is in the second. A user may have added others."""
     names = [*GEOMETRIC, *(name for name, *_ in COLOUR)]
-    assert sorted(names) == sorted(augment.OPERATIONS.keys())
+    assert len(names) == 14 and set(names) <= augment.OPERATIONS.keys()
 
 
 def test_trivial_augment_changes_its_fraction_of_the_images(images: Tensor) -> None:

@@ -37,7 +37,18 @@ def test_the_programs_own_loop_is_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_start_is_measured_up_to_the_first_step(tmp_path: Path) -> None:
-    flags = ["--dataset", "synthetic", "--images_per_class", "60", "--device", "cpu", "--threads", "1"]
+    flags = [
+        "--dataset",
+        "synthetic",
+        "--images_per_class",
+        "60",
+        "--validation_per_class",
+        "50",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
     printed = benchmark.succeed("-c", benchmark.START, "--runs_dir", str(tmp_path), *flags)
     assert "Epoch 1/" in printed and "Train Loss" not in printed
     (folder,) = tmp_path.iterdir()

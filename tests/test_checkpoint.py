@@ -84,12 +84,13 @@ def test_other_files_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     checkpoint.save(path, {"format": 0})
     with pytest.raises(checkpoint.CheckpointError, match="its format is 0"):
         checkpoint.load(path)
+    monkeypatch.setattr(checkpoint, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(checkpoint, "MAX_VALUES", 10_000)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(checkpoint.MAX_BYTES + 1))
     with pytest.raises(checkpoint.CheckpointError, match="unpacks to more"):
         checkpoint.load(path)
     path.unlink()
-    monkeypatch.setattr(checkpoint, "MAX_VALUES", 10_000)
     for large in (torch.zeros(1).expand(10**10), functools.reduce(lambda inner, _: [inner, inner], range(40), 0)):
         torch.save({"format": checkpoint.FORMAT, "weights": large, "digest": ""}, path)
         assert path.stat().st_size < 5_000

@@ -54,7 +54,8 @@ def test_wrong_types_and_values_are_refused(name: str) -> None:
         {"images_per_class": 20, "validation_per_class": 20},
         {"schedule": "cosine", "lr_step": 3},
         {"teacher_views": 2, "dropout": 0.1, "teacher": "any.pth"},
-        {"teacher_views": 2},
+        {"teacher_views": 2, "teacher": "none"},
+        {"pretrained": True, "model": "mobilenetv3"},
     ],
 )
 def test_contradictions_are_refused(contradicting: dict) -> None:
@@ -125,7 +126,7 @@ def test_a_setting_that_an_older_run_lacks_is_off() -> None:
 
 def test_unknown_settings_are_refused() -> None:
     for unknown in ("cutout_size", "__class__"):
-        with pytest.raises(ValueError, match=f"newer version .* {unknown}") as caught:
+        with pytest.raises(ValueError, match=f"does not know {unknown}") as caught:
             restore(asdict(Config()) | {unknown: 1})
         assert "\n" not in str(caught.value)
 
@@ -146,9 +147,19 @@ def test_old_names_are_read() -> None:
 
 
 def test_the_published_checkpoint_has_the_settings_of_scratch() -> None:
-    restored = restore(checkpoint.load(checkpoint.PUBLISHED)["config"])
-    assert restored.experiment == "scratch"
-    assert changes(restored) == {}
+    restored = asdict(restore(checkpoint.load(checkpoint.PUBLISHED)["config"]))
+    assert {name: restored[name] for name in RECIPE} == preset("scratch")
+
+
+def test_wrong_entries_in_config_py_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A preset with a misspelt setting, and a setting that has no value for "off"."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setitem(PRESETS, "result2", {"dropuot": 0.1})
+        parse_command_line(["--experiment", "result2"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "preset result2" in line and "dropuot" in line
+    with pytest.raises(TypeError, match=r"the setting with the help 'new step' needs a base"):
+        settings.setting(1.0, "new step")
 
 
 def test_published_experiments() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import checkpoint
 import data
 import evaluate
+from config import Config
 from data import synthetic
 from tests.helpers import write_checkpoint
 from tools import export, quantize
@@ -217,8 +218,8 @@ def test_a_stored_temperature_is_in_onnx_and_int8(
 
 
 def test_int8_agrees_with_float32_on_cifar100(shipped: Path, cifar100) -> None:
-    plain, (inputs, what) = shipped.with_suffix(".onnx"), export.check_images("cifar100", "data")
-    content, calibrated = quantize.calibrated(plain, "cifar100", "data")
+    plain, (inputs, what) = shipped.with_suffix(".onnx"), export.check_images("cifar100", Config.data_dir)
+    content, calibrated = quantize.calibrated(plain, "cifar100", Config.data_dir)
     assert calibrated == "Calibrated on 500 cifar100 training images"
     inputs = inputs.permute(0, 2, 3, 1).contiguous()
     result = quantize.check(quantize.read_onnx(content), quantize.read_onnx(plain), inputs, what)
@@ -245,7 +246,7 @@ def test_calibration_without_the_data_set_says_so(monkeypatch) -> None:
 
     monkeypatch.setattr(data, "build", missing)
     found, what = quantize.training_images("cifar100", "nowhere")
-    assert found.shape == (15_000, 3, 32, 32) and "CIFAR-100 cannot be had" in what
+    assert found.shape == (100 * (200 - Config.validation_per_class), 3, 32, 32) and "CIFAR-100 cannot be had" in what
 
 
 def test_int8_check_finds_bad_files() -> None:

@@ -17,6 +17,7 @@ import checkpoint
 import evaluate
 from data import SIDE, synthetic
 from model import BLOCKS, CLASSES, HEAD, STEM, MobileNetV3
+from tests.helpers import TINY
 from tools import export, latency, quantize
 from tools.benchmark import PARTS
 from utils import UserError
@@ -126,7 +127,8 @@ def test_processes_are_timed_on_the_same_images(monkeypatch: pytest.MonkeyPatch)
         return json.dumps({"images": 1_000, "seconds": 2.0 if started else 4.0})
 
     monkeypatch.setattr(latency, "succeed", succeed)
-    for threads in (4, 6):  # 6 processes cannot share a batch of 128
+    monkeypatch.setattr(latency, "LIKE", TINY)
+    for threads in (4, 6):  # 6 processes cannot share a batch of 64
         assert latency.time_processes(threads) == {"one": 250, "several": 500, "count": 4}
 
 

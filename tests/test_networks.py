@@ -12,6 +12,7 @@ import evaluate
 import model as models
 import train
 from config import Config
+from tests.helpers import write_checkpoint
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -73,6 +74,8 @@ def test_weights_are_matched_by_name_or_by_order(model: nn.Module, tmp_path: Pat
         assert torch.equal(other.head[0].weight, model.head[0].weight)
         assert torch.equal(other.blocks[4].project[1].running_var, model.blocks[4].project[1].running_var)
         assert torch.equal(other.classifier.weight, own), "a new classifier"
+    ours = checkpoint.read_weights(write_checkpoint(tmp_path / "best.pth", model))
+    assert models.load_weights(models.MobileNetV3(), ours) == (len(weights), len(weights)), "a run's best.pth"
     torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert checkpoint.read_weights(tmp_path / "old.pth").keys() == weights.keys(), "torch's older format"
     safetensors = pytest.importorskip("safetensors.torch")

@@ -150,6 +150,15 @@ def test_an_epoch_of_equal_accuracy_does_not_replace_the_best(tiny: Config, monk
     assert [row["validation_accuracy"] for row in rows] == [50.0, 50.0, 49.0], "top-1, not top-5"
 
 
+def test_a_gpu_with_too_little_memory_is_one_line(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "fit", fit)
+    with pytest.raises(utils.UserError, match="lower --batch_size"):
+        train.train(tiny)
+
+
 def test_speed_and_time_of_an_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that moves on two seconds at each look; an epoch has 7 batches of 64 images."""
     clock = itertools.count(0, 2)
@@ -429,7 +438,7 @@ def test_an_older_run_goes_on_and_a_newer_one_is_refused(tiny: Config) -> None:
     assert train.resumed_config(folder, {}) == expected
     settings["tutor"] = "resnet"
     checkpoint.save(folder / "last.pth", content)
-    with pytest.raises(utils.UserError, match=r"cannot go on: written by a newer version .* tutor"):
+    with pytest.raises(utils.UserError, match=r"cannot go on: config.py does not know tutor"):
         train.resumed_config(folder, {})
 
 

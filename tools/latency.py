@@ -22,7 +22,7 @@ import checkpoint
 import evaluate
 import train
 from augment import build_loader
-from config import Config
+from config import Config, preset
 from data import SIDE
 from model import MobileNetV3
 from optim import build_criterion
@@ -38,7 +38,9 @@ MATRIX = 2048  # rows and columns of the matrix product: 17 G operations
 PART = "growth 40 x 1"  # of tools/benchmark.py: 4,000 images
 COPY = 2**28  # bytes of the copied tensor: more than most caches hold
 # The step that is timed: crop and flip alone, so that the input costs little. Its epoch is one batch of 128 images.
-STEP = Config(dataset="synthetic", images_per_class=2, validation_per_class=0, trivial_augment=0.0, small_fraction=0.0)
+STEP = Config(
+    **preset("scratch") | {"trivial_augment": 0.0, "small_fraction": 0.0}, dataset="synthetic", images_per_class=2
+)
 # How often an unfused layer reads or writes a tensor of its output's size in training, forward + backward.
 # Batch norm forward: reads its input for the statistics, reads it again, writes; backward: reads input and gradient
 # for two sums, reads both again, writes. Activation forward, in place: reads, writes; backward: reads its tensor and
