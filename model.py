@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -107,11 +108,16 @@ def build_model(name: str, dropout: float = 0.0, image_size: int = 32, pretraine
             import timm  # optional
 
             model = timm.create_model(name, pretrained=pretrained, num_classes=CLASSES, drop_rate=dropout)
+            with torch.no_grad():  # some take one size of image only
+                model.eval()(torch.zeros(1, 3, image_size, image_size))
+            model.train()
         except ImportError as error:
             raise ValueError(f"model {name} needs timm. Run: pip install -r requirements-tools.txt") from error
-        except Exception as error:  # RuntimeError, or nearly anything while it fetches weights
+        except Exception as error:  # nearly anything, as while it fetches weights
             reason = " ".join(str(error).split())
-            raise ValueError(f"timm cannot make model {name}: {reason}. Its names: timm.list_models()") from error
+            raise ValueError(
+                f"timm cannot make model {name} for {image_size} pixels: {reason}. Its names: timm.list_models()"
+            ) from error
     return model if image_size == 32 else nn.Sequential(Enlarge(image_size, mode="bicubic"), model)
 
 

@@ -95,7 +95,10 @@ def test_a_run_starts_from_weights_and_resumes_without_them(tiny: Config, model:
     train.train(config, folder)
 
 
-def test_an_unknown_network_is_one_line(tiny: Config) -> None:
+def test_a_network_that_cannot_be_made_is_one_line(tiny: Config) -> None:
     pytest.importorskip("timm")
-    with pytest.raises(UserError, match="timm cannot make model nosuch"):
+    with pytest.raises(UserError, match="timm cannot make model nosuch for 32 pixels"):
         train.train(replace(tiny, model="nosuch"))
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 for 32 pixels: .*224"):  # it takes no other size
+        train.train(replace(tiny, model="vit_tiny_patch16_224"))
+    assert not Path(tiny.runs_dir).exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import History, digest, draw_curves
-from config import OneLineParser
+from config import OneLineParser, restore
 from tools import tables
 from tools.curves import read_log
 from tools.tables import EXPERIMENTS, NOT_MEASURED, Logs, Records, accuracy, percent, points
@@ -40,6 +40,10 @@ def load_records(logs: Logs) -> Records:
     contents = {path: read_json(path) for path in sorted(RESULTS.glob("*.json"))}
     records = {path: content for path, content in contents.items() if "config" in content}
     for path, record in records.items():
+        try:
+            restore(record["config"])
+        except ValueError as error:
+            raise UserError(f"{path} has wrong settings: {error}. Repair it by hand") from error
         record["history"] = logs[Path(record["log"]).stem] if record["log"] else []
         for part in ("train", "validation") if record["log"] else ():
             for figure in ("accuracy", "loss"):
