@@ -121,11 +121,6 @@ class Teacher:
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, compile: bool = False) -> None:
         self.model, self.device = model.to(device, memory_format=torch.channels_last), device
         if compile:
-            from torch._inductor import config as inductor  # here, as its import takes a second
-
-            # Weights become constants, and batch norm a part of the convolutions: only in graphs without gradients.
-            # As an option of torch.compile it would be set too late.
-            inductor.freezing = True
             self.model = torch.compile(self.model, dynamic=False)
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         self.autocast = torch.autocast(device.type, dtype, enabled=fast)

@@ -161,11 +161,8 @@ def test_a_compiled_teacher_gives_the_same_logits(monkeypatch: pytest.MonkeyPatc
     block.eval()
     kernels, logits = torch._inductor.metrics.generated_kernel_count, []
     for compiled in (False, True):
-        own = copy.deepcopy(block)
-        teacher = Teacher(own, torch.device("cpu"), torch.bfloat16, compiled)
+        teacher = Teacher(copy.deepcopy(block), torch.device("cpu"), torch.bfloat16, compiled)
         logits.append(teacher(x))
-        own.project[1].running_mean.add_(1)
-        assert torch.equal(teacher(x), logits[-1]) == compiled, "only a compiled one has frozen weights"
     assert torch._inductor.metrics.generated_kernel_count > kernels
     assert torch.allclose(*logits, atol=2e-3)  # stored as float16
     assert logits[0].std() > 0.1
