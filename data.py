@@ -14,13 +14,8 @@ from utils import UserError, atomic_write, locked, one_line, remove_partial
 
 SIDE = 32  # pixels
 CLASSES = 100
-SHAPES = {
-    "train_images": (50_000, SIDE, SIDE, 3),
-    "train_labels": (50_000,),
-    "test_images": (10_000, SIDE, SIDE, 3),
-    "test_labels": (10_000,),
-}
-SHA256 = {  # of the image arrays' bytes, sorted by label, within a label in the official order
+SHAPES = {"train_images": (50_000, SIDE, SIDE, 3), "test_images": (10_000, SIDE, SIDE, 3)}
+SHA256 = {  # of the arrays' bytes, sorted by label, within a label in the official order: so no labels are stored
     "train_images": "a678f5ab6ac125c4dfba98c64d1562b510eff50354e165b75e65d808f7be34c5",
     "test_images": "8532fd42ce092c665328a7201998ab7e8768dad37afff89be94e13106523a495",
 }
@@ -71,9 +66,8 @@ def load(dataset: str, data_dir: str, source: str, per_class: int = 0) -> Images
     path = Path(data_dir) / "cifar100.npz"
     if not path.exists():
         build(path)
-    arrays = read(path, source)
-    images = torch.from_numpy(arrays[f"{source}_images"]).permute(0, 3, 1, 2)
-    return Images(images, torch.from_numpy(arrays[f"{source}_labels"]).long())
+    images = torch.from_numpy(read(path, f"{source}_images")).permute(0, 3, 1, 2)
+    return Images(images, torch.arange(CLASSES).repeat_interleave(len(images) // CLASSES))
 
 
 def synthetic(per_class: int, seed: int) -> Images:
@@ -124,32 +118,28 @@ def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
-def read(path: Path, source: str) -> dict[str, np.ndarray]:
-    """The "train" or "test" arrays of the file, checked against their digests. Raises DataError."""
-    names = [name for name in SHAPES if name.startswith(source)]
+def read(path: Path, name: str) -> np.ndarray:
+    """An array of the file, checked against its digest. Raises DataError."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:  # a zip bomb is not unpacked
                 raise ValueError(f"it unpacks to more than {MAX_BYTES / 1e6:.0f} MB")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in names}
-        check(arrays)
+            images = file[name]
+        check(name, images)
     except PermissionError as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
     except Exception as error:  # a damaged file raises nearly anything
         raise DataError(f"{path} is damaged: {one_line(error)}. Delete it and run again to build it anew.") from error
-    return arrays
+    return images
 
 
-def check(arrays: dict[str, np.ndarray]) -> None:
-    """Raise ValueError unless the arrays are the official images and labels, sorted by label."""
-    for name, array in arrays.items():
-        if array.dtype != np.uint8 or array.shape != SHAPES[name]:
-            raise ValueError(f"{name} is {array.dtype}{array.shape}, not uint8{SHAPES[name]}")
-        if name in SHA256 and hashlib.sha256(np.ascontiguousarray(array)).hexdigest() != SHA256[name]:
-            raise ValueError(f"the SHA-256 of {name} differs from the official images'")
-        if name not in SHA256 and not np.array_equal(array, np.arange(CLASSES).repeat(len(array) // CLASSES)):
-            raise ValueError(f"{name} are not the sorted official labels")
+def check(name: str, images: np.ndarray) -> None:
+    """Raise ValueError unless these are the official images, sorted by label."""
+    if images.dtype != np.uint8 or images.shape != SHAPES[name]:
+        raise ValueError(f"{name} is {images.dtype}{images.shape}, not uint8{SHAPES[name]}")
+    if hashlib.sha256(np.ascontiguousarray(images)).hexdigest() != SHA256[name]:
+        raise ValueError(f"the SHA-256 of {name} differs from the official images'")
 
 
 def build(path: Path) -> None:
@@ -166,11 +156,9 @@ def build(path: Path) -> None:
             remove_partial(folder, path.name)
             for source in ("train", "test"):
                 official = CIFAR100(folder, train=source == "train", download=True)
-                labels = np.asarray(official.targets, dtype=np.uint8)
-                order = np.argsort(labels, kind="stable")
-                arrays[f"{source}_images"] = np.ascontiguousarray(official.data[order])
-                arrays[f"{source}_labels"] = labels[order]
-            check(arrays)
+                arrays[f"{source}_images"] = official.data[np.argsort(official.targets, kind="stable")]
+            for name, images in arrays.items():
+                check(name, images)
             atomic_write(path, lambda file: np.savez(file, **arrays))
     except (OSError, RuntimeError, ValueError) as error:  # URLError and HTTPError are OSErrors
         raise DataError(

@@ -39,7 +39,7 @@ def cifar100() -> dict[str, np.ndarray]:
     try:
         if not path.exists():
             data.build(path)
-        return data.read(path, "train") | data.read(path, "test")
+        return {name: data.read(path, name) for name in data.SHAPES}
     except data.DataError as error:
         pytest.skip(f"CIFAR-100 cannot be had: {error}")
 

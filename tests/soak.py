@@ -141,7 +141,7 @@ def damage(count: int, seed: int) -> tuple[int, int, int]:
             evaluate.load_model(found, pth)
             return found["weights"]
 
-        readers = {pth: read_checkpoint, npz: lambda: data.read(npz, "train") | data.read(npz, "test")}
+        readers = {pth: read_checkpoint, npz: lambda: {name: data.read(npz, name) for name in data.SHAPES}}
         expected = {path: checkpoint.digest(as_tensors(read())) for path, read in readers.items()}
 
         def judge(path: Path) -> None:
