@@ -146,9 +146,10 @@ def test_old_names_are_read() -> None:
     assert set(OLD_NAMES.values()) <= asdict(restored).keys()
 
 
-def test_the_published_checkpoint_has_the_settings_of_scratch() -> None:
-    restored = asdict(restore(checkpoint.load(checkpoint.PUBLISHED)["config"]))
-    assert {name: restored[name] for name in RECIPE} == preset("scratch")
+@pytest.mark.parametrize(("file", "name"), [("published", "taught"), ("scratch", "scratch")])
+def test_the_shipped_checkpoints_have_the_settings_of_their_presets(file: str, name: str) -> None:
+    restored = asdict(restore(checkpoint.load(Path(f"checkpoints/{file}.pth"))["config"]))
+    assert {key: restored[key] for key in RECIPE} == preset(name)
 
 
 def test_wrong_entries_in_config_py_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

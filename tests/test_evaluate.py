@@ -17,6 +17,8 @@ import evaluate
 from data import synthetic
 from tests.helpers import write_checkpoint
 
+SHIPPED = (checkpoint.PUBLISHED, Path("checkpoints/scratch.pth"))
+
 
 @functools.cache
 def graded(path: Path) -> dict[str, Any]:
@@ -53,21 +55,18 @@ def test_without_data_the_grade_says_so_in_capitals() -> None:
     assert (flops, size) == ("flops = 11776320", "Model parameter size = 3814.391 kB")
 
 
-def test_the_published_checkpoint_has_the_operations_and_size_of_the_report(cifar100: dict) -> None:
-    result = graded(checkpoint.PUBLISHED)
-    assert (result["flops"], f"{result['size_kb']:.3f}") == (11_776_320, "3814.391")
-
-
-def test_published_accuracy_is_the_one_in_its_checkpoint(cifar100: dict) -> None:
-    content = checkpoint.load(checkpoint.PUBLISHED)
-    measured = graded(checkpoint.PUBLISHED)
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_shipped_weights_have_the_accuracy_in_their_checkpoint_and_the_reports_size(path: Path, cifar100: dict) -> None:
+    content, measured = checkpoint.load(path), graded(path)
+    assert (measured["flops"], f"{measured['size_kb']:.3f}") == (11_776_320, "3814.391")
     assert measured["accuracy"] == pytest.approx(content["test"]["accuracy"], abs=0.02)
     assert measured["top5"] == pytest.approx(content["test"]["top5"], abs=0.02)
 
 
-def test_published_checkpoint_is_small_and_plain() -> None:
-    assert checkpoint.PUBLISHED.stat().st_size < 4.2e6
-    content = checkpoint.load(checkpoint.PUBLISHED)
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_shipped_weights_are_small_and_plain(path: Path) -> None:
+    assert path.stat().st_size < 4.2e6
+    content = checkpoint.load(path)
     assert content["digests"] == data.SHA256
     assert {"config", "epoch", "date", "torch", "history", "test", "run"} <= content.keys()
     assert content["config"]["dataset"] == "cifar100"

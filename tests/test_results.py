@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def change(path: str, old: str, new: str) -> None:
+def change(path: str | Path, old: str, new: str) -> None:
     text = Path(path).read_text()
     assert old in text
     Path(path).write_text(text.replace(old, new))
@@ -55,8 +55,9 @@ def test_check_passes_on_the_committed_files() -> None:
 
 
 def test_check_fails_when_a_record_changes(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    figure = f"{json.loads(Path('docs/results/scratch.json').read_text())['test']['accuracy']}"
-    change("docs/results/scratch.json", f'"accuracy": {figure}', '"accuracy": 12.34')
+    path = results.RESULTS / f"{tables.SHIPPED}.json"
+    figure = f"{results.read_json(path)['test']['accuracy']}"
+    change(path, f'"accuracy": {figure}', '"accuracy": 12.34')
     line = check_fails(capsys)
     assert "docs/results.md" in line and "README.md" in line and "performance" not in line
     assert results.main([]) == 0
@@ -227,10 +228,10 @@ def test_a_run_of_no_other_table_has_a_section_of_its_own() -> None:
 
 def test_more_seeds_give_mean_and_deviation() -> None:
     records = {"scratch": run("scratch", 0, test=73) | {"config": {"epochs": 140}, "seed": 0}}
-    assert tables.spread(records) == "one run, seed 0"
+    assert tables.spread(records, "scratch") == "one run, seed 0"
     records["other"] = run("other", 0, test=90) | {"config": {"epochs": 1}, "seed": 1}
     records["scratch-seed1"] = records["scratch"] | run("scratch-seed1", 0, test=75)
-    assert tables.spread(records) == "2 seeds: 73.00, 75.00; mean 74.00, standard deviation 1.41"
+    assert tables.spread(records, "scratch") == "2 seeds: 73.00, 75.00; mean 74.00, standard deviation 1.41"
 
 
 def test_null_is_printed_as_not_measured() -> None:
@@ -246,14 +247,18 @@ def test_records_have_the_recipes_of_the_presets() -> None:
         config = restore(json.loads(Path(f"docs/results/{name}.json").read_text())["config"])
         return {key: getattr(config, key) for key in preset(name)}
 
-    for name in (*tables.EXPERIMENTS, "scratch"):
+    for name in (*tables.EXPERIMENTS, tables.SHIPPED, tables.UNTAUGHT):
         assert recorded(name) == preset(name), name
     local = {"weights", "pretrained", "distill_loss"}  # it started from a file, and had no teacher
     assert {key for key, value in recorded("teacher").items() if value != preset("teacher")[key]} <= local
 
 
-def test_the_shipped_record_agrees_with_the_published_checkpoint() -> None:
-    record, content = json.loads(Path("docs/results/scratch.json").read_text()), checkpoint.load(checkpoint.PUBLISHED)
+@pytest.mark.parametrize(("name", "file"), [(tables.SHIPPED, "published"), (tables.UNTAUGHT, "scratch")])
+def test_the_record_agrees_with_the_shipped_checkpoint(name: str, file: str) -> None:
+    record, content = (
+        results.read_json(results.RESULTS / f"{name}.json"),
+        checkpoint.load(Path(f"checkpoints/{file}.pth")),
+    )
     assert record["test"] == pytest.approx(content["test"], abs=1e-5)
     assert (record["run"], record["best_epoch"], record["torch"]) == (
         content["run"],

@@ -65,19 +65,19 @@ def results_page(records: Records, logs: Logs) -> str:
     """docs/results.md: the template with its {fields} filled."""
     ablations = read_json(RESULTS / "ablations.json")
     runs = {name: records[name] for name in EXPERIMENTS}
-    shipped = records["scratch"]
+    untaught = records[tables.UNTAUGHT]
     fields = {
         "run": records,
         "log": logs,
         "last": {name: rows[-1] for name, rows in logs.items()},
         "report": read_json(RESULTS / "report.json"),
-        "below": {n: accuracy(shipped, "test") - accuracy(r, "test") for n, r in records.items() if r["test"]},
+        "over": {n: accuracy(r, "test") - accuracy(untaught, "test") for n, r in records.items() if r["test"]},
         "gain": {Path(row["logs"][0]).stem: points(tables.gains(row, logs)) for row in ablations if "base" in row},
         "memorises": {name: tables.memorises(run) for name, run in runs.items()},
         "compare": {n: {base: tables.compare(run, runs[base]) for base in runs} for n, run in runs.items()},
         "seen": {name: percent(accuracy(run, "train_eval")) for name, run in runs.items()},
-        "small_epoch": small_epoch(shipped["history"], shipped["config"]["small_fraction"]),
-        "spread": tables.spread(records),
+        "small_epoch": small_epoch(untaught["history"], untaught["config"]["small_fraction"]),
+        "spread": {name: tables.spread(records, name) for name in (tables.SHIPPED, tables.UNTAUGHT)},
         "scratch_table": tables.scratch_table(records),
         "experiments_table": tables.experiments_table(records),
         "curves": tables.curves(records),
@@ -93,10 +93,10 @@ def results_page(records: Records, logs: Logs) -> str:
 
 
 def int8_table(result: dict[str, Any]) -> str:
-    """What tools/export.py printed of the shipped checkpoint's files."""
+    """What tools/export.py printed of a checkpoint's files."""
     names = {"float32": "`model.onnx`, float32", "int8": "`model-int8.onnx`"}
     rows = [[text, f"{result[k]['bytes'] / 1e6:.2f} MB", percent(result[k]["accuracy"])] for k, text in names.items()]
-    where = f"{result['machine']}, onnxruntime {result['onnxruntime']}, {result['date']}"
+    where = f"{result['machine']}, onnxruntime {result['onnxruntime']}, {result['date']}; `{result['checkpoint']}`"
     return f"On {where}:\n\n{tables.table('file | size | official test set', rows)}"
 
 
