@@ -15,7 +15,7 @@ from utils import UserError, atomic_write, locked, one_line, remove_partial
 SIDE = 32  # pixels
 CLASSES = 100
 SHAPES = {"train_images": (50_000, SIDE, SIDE, 3), "test_images": (10_000, SIDE, SIDE, 3)}
-SHA256 = {  # of the arrays' bytes, sorted by label, within a label in the official order: so no labels are stored
+SHA256 = {  # of the arrays' bytes, sorted by label, within a label in the official order: the order gives the labels
     "train_images": "a678f5ab6ac125c4dfba98c64d1562b510eff50354e165b75e65d808f7be34c5",
     "test_images": "8532fd42ce092c665328a7201998ab7e8768dad37afff89be94e13106523a495",
 }

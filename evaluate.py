@@ -111,7 +111,7 @@ def load_model(content: dict[str, Any], path: Path) -> nn.Module:
     except (AttributeError, KeyError) as error:
         raise checkpoint.CheckpointError(f"{path} holds no settings of a run. Give another checkpoint") from error
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{path} cannot be used: {error}. Give another checkpoint") from error
+        raise checkpoint.CheckpointError(f"{path} cannot be used: {error}") from error
     if "weights" not in content:
         raise checkpoint.CheckpointError(f"{path} holds no weights of this model alone. Of a run, give its best.pth")
     try:

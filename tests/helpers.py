@@ -27,6 +27,7 @@ EVERYTHING = {  # the parts of a recipe that hold a state or draw random numbers
     "label_smoothing": 0.1, "dropout": 0.1, "trivial_augment": 0.5, "cutout": 8, "mixup": 0.2, "cutmix": 1.0,
     "mix_prob": 0.5, "small_fraction": 0.5,
 }  # fmt: skip
+SCRATCH = Path("checkpoints/scratch.pth")  # trained weights, and no temperature
 PER_CLASS = {"train": 3, "test": 2}  # images a class of the small data set
 
 

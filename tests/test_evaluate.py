@@ -15,9 +15,9 @@ import checkpoint
 import data
 import evaluate
 from data import synthetic
-from tests.helpers import write_checkpoint
+from tests.helpers import SCRATCH, write_checkpoint
 
-SHIPPED = (checkpoint.PUBLISHED, Path("checkpoints/scratch.pth"))
+SHIPPED = (checkpoint.PUBLISHED, SCRATCH)
 
 
 @functools.cache

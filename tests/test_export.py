@@ -16,7 +16,7 @@ import data
 import evaluate
 from config import Config
 from data import synthetic
-from tests.helpers import write_checkpoint
+from tests.helpers import SCRATCH, write_checkpoint
 from tools import export, quantize
 from tools.labels import NAMES, SUPERCLASSES, class_names
 from tools.predict import probabilities
@@ -151,10 +151,10 @@ def test_without_the_data_set_synthetic_images_are_checked(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The published weights, as a checkpoint for synthetic images, and its float32 file beside it."""
+    """Trained weights, as a checkpoint for synthetic images, and its float32 file beside it."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
-    path, content = tmp_path_factory.mktemp("shipped") / "any.pth", checkpoint.load(checkpoint.PUBLISHED)
+    path, content = tmp_path_factory.mktemp("shipped") / "any.pth", checkpoint.load(SCRATCH)
     checkpoint.save(path, content | {"config": content["config"] | {"dataset": "synthetic"}})
     assert export.main([str(path.with_suffix(".onnx")), "--checkpoint", str(path)]) == 0
     return path

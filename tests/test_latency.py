@@ -17,7 +17,7 @@ import checkpoint
 import evaluate
 from data import SIDE, synthetic
 from model import BLOCKS, CLASSES, HEAD, STEM, MobileNetV3
-from tests.helpers import TINY
+from tests.helpers import SCRATCH, TINY
 from tools import export, latency, quantize
 from tools.benchmark import PARTS
 from utils import UserError
@@ -76,7 +76,7 @@ def test_a_file_with_other_classes_is_not_timed(monkeypatch: pytest.MonkeyPatch)
 
 def test_torch_runs_the_checkpoints_model() -> None:
     """With trained weights, as random ones give nearly the same probabilities for all images."""
-    planes, path = synthetic(1, seed=5)[0], checkpoint.PUBLISHED
+    planes, path = synthetic(1, seed=5)[0], SCRATCH
     expected = evaluate.logits(evaluate.load_model(checkpoint.load(path), path), planes).softmax(1)
     assert (expected[0] - expected[50]).abs().max() > 0.1
     given = latency.read_torch(path)(planes.permute(0, 2, 3, 1).contiguous())
@@ -93,10 +93,10 @@ def quick_export(path: Path, source: Path, data_dir: str, int8: bool) -> str:
 
 
 def test_all_files_give_the_models_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """A whole measurement of the published weights, short and in this process."""
+    """A whole measurement of trained weights, short and in this process."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
-    path, content = tmp_path / "any.pth", checkpoint.load(checkpoint.PUBLISHED)
+    path, content = tmp_path / "any.pth", checkpoint.load(SCRATCH)
     checkpoint.save(path, content | {"config": content["config"] | {"dataset": "synthetic"}})
     monkeypatch.setattr(latency, "in_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(latency, "export", quick_export)

@@ -10,7 +10,7 @@ import pytest
 
 import checkpoint
 from config import parse_command_line, preset, restore
-from tests.helpers import made_up_latency
+from tests.helpers import SCRATCH, made_up_latency
 from tools import results, tables
 
 
@@ -224,6 +224,31 @@ def test_a_run_of_no_other_table_has_a_section_of_its_own() -> None:
         record |= {"title": "how", "commit": "abc", "validation": None, "log": None, "curves": None}
         text = tables.other_runs({"scratch": ours, name: record})
         assert "## Other runs" in text and f"| `{name}` | how |" in text and "70.00 %" in text
+
+
+def test_the_claim_stands_beside_both_shipped_files() -> None:
+    cost = {"operations": 5, "size_kb": 7}
+    records = {
+        name: run(name, 0, test=test) | {"config": {"epochs": epochs}, "seed": 0, "cost": cost}
+        for name, test, epochs in ((tables.SHIPPED, 75, 1), (tables.UNTAUGHT, 73, 2))
+    }
+    records["result6"] = {"claimed": {"accuracy": 87, "operations": 5, "size_kb": 7}, "test": None}
+    *_, taught, untaught = tables.claim_table(records).splitlines()
+    assert "`published.pth`" in taught and "75.00 %" in taught and "87.00 %" not in taught
+    assert "`scratch.pth`" in untaught and "73.00 %" in untaught and "87.00 %" in untaught
+
+
+def test_our_rows_beside_others_name_the_file_of_their_record() -> None:
+    rows = [row for row in results.read_json(results.RESULTS / "others.json") if "record" in row]
+    found = {row["record"]: Path(row["source"]) for row in rows}
+    assert found == {tables.SHIPPED: checkpoint.PUBLISHED, tables.UNTAUGHT: SCRATCH}
+
+
+def test_a_difference_is_held_against_its_standard_error() -> None:
+    """At 50 %, of 10,000 images each, two standard errors of a difference are the root of 2."""
+    base, near, far = (run(name, 0, test=test) for name, test in (("a", 50), ("b", 51), ("c", 52)))
+    assert tables.verdict(near, base) == "less than two standard errors (1.41 points)"
+    assert tables.verdict(far, base) == "more than two standard errors (1.41 points)"
 
 
 def test_more_seeds_give_mean_and_deviation() -> None:

@@ -72,6 +72,7 @@ def results_page(records: Records, logs: Logs) -> str:
         "last": {name: rows[-1] for name, rows in logs.items()},
         "report": read_json(RESULTS / "report.json"),
         "over": {n: accuracy(r, "test") - accuracy(untaught, "test") for n, r in records.items() if r["test"]},
+        "verdict": {name: tables.verdict(run, untaught) for name, run in records.items() if run["test"]},
         "gain": {Path(row["logs"][0]).stem: points(tables.gains(row, logs)) for row in ablations if "base" in row},
         "memorises": {name: tables.memorises(run) for name, run in runs.items()},
         "compare": {n: {base: tables.compare(run, runs[base]) for base in runs} for n, run in runs.items()},

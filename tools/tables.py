@@ -102,7 +102,7 @@ def claim_table(records: Records) -> str:
 
 
 def grade_lines(records: Records) -> str:
-    """What grading prints of the shipped checkpoint."""
+    """What grading prints of published.pth."""
     cost, measured = records[SHIPPED]["cost"], accuracy(records[SHIPPED], "test")
     size = f"Model parameter size = {cost['size_kb']:.3f} kB"
     return f"```\nflops = {cost['operations']}\n{size}\nAccuracy = {measured:.2f} %\n```"
@@ -210,6 +210,18 @@ def memorises(run: Record) -> str:
     )
 
 
+def noise(run: Record, base: Record) -> float:
+    """Two standard errors of the difference between the test accuracies of two runs, in points."""
+    variances = (accuracy(r, "test") * (100 - accuracy(r, "test")) / r["test"]["images"] for r in (run, base))
+    return 2 * math.sqrt(sum(variances))
+
+
+def verdict(run: Record, base: Record) -> str:
+    """Whether the test accuracies of two runs differ by more than chance."""
+    clear = abs(accuracy(run, "test") - accuracy(base, "test")) >= noise(run, base)
+    return f"{'more' if clear else 'less'} than two standard errors ({noise(run, base):.2f} points)"
+
+
 def compare(run: Record, base: Record) -> str:
     """What a run gains over another: in the report's claims, and in test accuracy."""
     claimed = run["claimed"]["accuracy"] - base["claimed"]["accuracy"]
@@ -218,10 +230,9 @@ def compare(run: Record, base: Record) -> str:
         return f"{text} {NOT_MEASURED} ({' and '.join(missing)})."
     ours, theirs = accuracy(run, "test"), accuracy(base, "test")
     gain = ours - theirs
-    noise = 2 * math.sqrt(sum(value * (100 - value) / run["test"]["images"] for value in (ours, theirs)))
     verdict = "The direction holds" if gain * claimed > 0 else "The opposite holds"
-    if abs(gain) < noise:
-        verdict = f"Too small to tell: two standard errors are {noise:.2f} points"
+    if abs(gain) < noise(run, base):
+        verdict = f"Too small to tell: two standard errors are {noise(run, base):.2f} points"
     return f"{text}\n  measured {gain:+.2f} points, {percent(ours)} against {percent(theirs)}. {verdict}."
 
 
