@@ -230,10 +230,10 @@ def compare(run: Record, base: Record) -> str:
         return f"{text} {NOT_MEASURED} ({' and '.join(missing)})."
     ours, theirs = accuracy(run, "test"), accuracy(base, "test")
     gain = ours - theirs
-    verdict = "The direction holds" if gain * claimed > 0 else "The opposite holds"
+    outcome = "The direction holds" if gain * claimed > 0 else "The opposite holds"
     if abs(gain) < noise(run, base):
-        verdict = f"Too small to tell: two standard errors are {noise(run, base):.2f} points"
-    return f"{text}\n  measured {gain:+.2f} points, {percent(ours)} against {percent(theirs)}. {verdict}."
+        outcome = f"Too small to tell: two standard errors are {noise(run, base):.2f} points"
+    return f"{text}\n  measured {gain:+.2f} points, {percent(ours)} against {percent(theirs)}. {outcome}."
 
 
 def fraction(claimed: float, seen: float, held_out: float) -> float:
