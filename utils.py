@@ -180,7 +180,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_up_torch(device: str, threads: int, deterministic: bool) -> torch.device:
-    """Set the number of CPU threads (0: torch's choice) and whether to ask for deterministic kernels; the device."""
+    """Set the number of CPU threads (0: torch's choice) and whether to ask for deterministic kernels; the device.
+
+    Call it before any work of torch's: its threads take over what holds when they start.
+    """
+    torch.set_flush_denormal(True)  # or a CPU takes 1.5 times as long a step once gradients are nearly 0
     if threads:
         torch.set_num_threads(threads)
     if deterministic:

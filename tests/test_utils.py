@@ -157,6 +157,13 @@ def test_choosing_a_device() -> None:
     assert utils.choose_device("auto").type in ("cpu", "cuda")
 
 
+def test_all_threads_flush_denormals() -> None:
+    """In a process of its own, as the threads of this one have started."""
+    code = "import torch, utils\nutils.set_up_torch('cpu', 2, False)\nprint((torch.full([10**6], 1e-30) * 1e-10).sum())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "tensor(0.)\n", done.stderr
+
+
 def test_provenance_names_commit_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: object, **more: object) -> None:
         raise FileNotFoundError("git")
