@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import nn
 
 import checkpoint
@@ -63,6 +64,17 @@ def taken_for_official(arrays: dict[str, np.ndarray]) -> Any:
     return mock.patch.multiple(data, SHA256=digests, SHAPES=shapes)
 
 
+def digest(content: Any) -> str:
+    """SHA-256 over the names, types, shapes and bytes of everything in nested dicts and lists, in their order."""
+    if isinstance(content, torch.Tensor):
+        content = str(content.dtype), tuple(content.shape), content.contiguous().view(-1).view(torch.uint8).numpy()
+        return hashlib.sha256(repr(content[:2]).encode() + content[2].tobytes()).hexdigest()
+    if isinstance(content, dict | list | tuple):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        content = [type(content), [(key, digest(value)) for key, value in items]]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
 def log_rows(folder: Path) -> list[dict[str, str]]:
     """The rows of a run's log.csv without the columns of time."""
     with (folder / "log.csv").open() as file:
@@ -70,7 +82,7 @@ def log_rows(folder: Path) -> list[dict[str, str]]:
         return [{name: cell for name, cell in row.items() if name not in timing} for row in csv.DictReader(file)]
 
 
-def made_up_latency(weights_sha256: str) -> dict[str, Any]:
+def made_up_latency(checkpoint_sha256: str) -> dict[str, Any]:
     """What docs/results/latency.json could hold: figures of no machine."""
 
     def file(size: int, ms: float) -> dict[str, Any]:
@@ -79,7 +91,7 @@ def made_up_latency(weights_sha256: str) -> dict[str, Any]:
 
     return {
         "machine": "a box, 8 threads", "torch": "2.9", "onnxruntime": "1.30", "date": "2026-02-03",
-        "checkpoint": "any.pth", "weights_sha256": weights_sha256, "threads": 8, "batch_size": 64,
+        "checkpoint": "any.pth", "checkpoint_sha256": checkpoint_sha256, "threads": 8, "batch_size": 64,
         "files": {"torch": file(4_000_000, 8.0), "float32": file(3_900_000, 4.0), "int8": file(1_200_000, 2.0)},
         "floor": {
             "batch_size": 128, "operations": 8_000_000_000, "bytes": 2_000_000_000, "operations_per_second": 200e9,

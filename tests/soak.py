@@ -23,7 +23,7 @@ import evaluate
 import train
 from config import Config, preset
 from model import MobileNetV3
-from tests.helpers import TINY, log_rows, small_set, taken_for_official
+from tests.helpers import TINY, digest, log_rows, small_set, taken_for_official
 
 # Runs are forked from a server that has imported torch once and has run nothing: autograd does not survive a fork.
 SERVER = multiprocessing.get_context("forkserver")
@@ -33,7 +33,7 @@ SERVER.set_forkserver_preload(["train", "matplotlib.figure", "torchvision.transf
 def outcome(folder: Path) -> str:
     """A digest of all that a run must end with: weights, optimizer, schedule and log."""
     last, best = checkpoint.load(folder / "last.pth"), checkpoint.load(folder / "best.pth")
-    return checkpoint.digest({"state": last["state"], "best": best["weights"], "log": log_rows(folder)})
+    return digest({"state": last["state"], "best": best["weights"], "log": log_rows(folder)})
 
 
 def run(config: Config, folder: Path | None) -> None:
@@ -142,11 +142,11 @@ def damage(count: int, seed: int) -> tuple[int, int, int]:
             return found["weights"]
 
         readers = {pth: read_checkpoint, npz: lambda: {name: data.read(npz, name) for name in data.SHAPES}}
-        expected = {path: checkpoint.digest(as_tensors(read())) for path, read in readers.items()}
+        expected = {path: digest(as_tensors(read())) for path, read in readers.items()}
 
         def judge(path: Path) -> None:
             try:
-                found = checkpoint.digest(as_tensors(readers[path]()))
+                found = digest(as_tensors(readers[path]()))
             except (checkpoint.CheckpointError, data.DataError) as error:
                 assert str(path) in str(error) and "\n" not in str(error), error
                 tally["refused"] += 1

@@ -1,6 +1,5 @@
 """Checkpoints: what is written comes back, what is damaged or hostile does not."""
 
-import functools
 import random
 import zipfile
 from datetime import datetime
@@ -11,7 +10,7 @@ import torch
 
 import checkpoint
 import utils
-from tests.helpers import Bomb
+from tests.helpers import Bomb, digest
 
 CONTENT = {
     "weights": {"a": torch.arange(600.0).view(20, 30), "b": torch.tensor(3)},
@@ -29,36 +28,29 @@ def path(tmp_path: Path) -> Path:
 def test_load_gives_what_was_saved(path: Path) -> None:
     content = checkpoint.load(path)
     assert content.pop("format") == checkpoint.FORMAT
-    assert checkpoint.digest(content) == checkpoint.digest(CONTENT)
-    assert torch.equal(content["weights"]["a"], CONTENT["weights"]["a"])
+    assert digest(content) == digest(CONTENT)
     assert list(path.parent.iterdir()) == [path], "no temporary file is left"
 
 
-def test_the_digest_covers_names_shapes_types_and_bytes() -> None:
-    a = CONTENT["weights"]["a"]
-    others = [{"b": a}, {"a": a.view(30, 20)}, {"a": a.int()}]
-    others.append({"a": torch.where(a == 7, torch.nextafter(a, a + 1), a)})
-    digests = {checkpoint.digest(content) for content in [{"a": a}, *others]}
-    assert len(digests) == len(others) + 1
-    assert checkpoint.digest({"a": a.T.contiguous().T}) in digests, "not the layout in memory"
-
-
-def test_a_flipped_bit_is_refused_or_harmless(path: Path) -> None:
-    good, rng = path.read_bytes(), random.Random(0)
-    refused = 0
-    for _ in range(100):
+def test_a_flipped_bit_is_refused_or_harmless(tmp_path: Path) -> None:
+    """Each bit of the tensor's entry in the archive's directory, and some of all; those of dates do no harm."""
+    path, small = tmp_path / "small.pth", {"weights": {"a": torch.arange(3.0)}, "epoch": 1}
+    checkpoint.save(path, small)
+    good, rng, refused = path.read_bytes(), random.Random(0), 0
+    entry = good.rindex(b"PK\1\2", 0, good.rindex(b"/data/0"))
+    bits = [*range(8 * entry, 8 * entry + 8 * 46), *rng.sample(range(8 * len(good)), 500)]
+    for bit in bits:
         content = bytearray(good)
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
         try:
             opened = checkpoint.load(path)
         except checkpoint.CheckpointError as error:
             refused += 1
-            assert str(path) in str(error)
-            assert "\n" not in str(error)
+            assert str(path) in str(error) and "\n" not in str(error)
         else:
-            assert torch.equal(opened["weights"]["a"], CONTENT["weights"]["a"])
-    assert refused > 20
+            assert digest(opened) == digest({"format": checkpoint.FORMAT, **small}), bit
+    assert refused > len(bits) / 2
 
 
 def test_a_truncated_file_is_refused(path: Path) -> None:
@@ -70,43 +62,28 @@ def test_a_truncated_file_is_refused(path: Path) -> None:
 
 
 def test_code_in_a_checkpoint_does_not_run(path: Path) -> None:
-    torch.save({"format": 1, "weights": Bomb(), "digest": ""}, path)
+    torch.save({"format": 1, "weights": Bomb()}, path)
     with pytest.raises(checkpoint.CheckpointError, match="more than plain data") as caught:
         checkpoint.load(path)
     assert "\n" not in str(caught.value)
     assert not Bomb.exploded
 
 
-def test_other_files_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_files_are_refused(path: Path) -> None:
     torch.save({"weights": {}}, path)
     with pytest.raises(checkpoint.CheckpointError, match="not written by this program"):
         checkpoint.load(path)
     checkpoint.save(path, {"format": 0})
     with pytest.raises(checkpoint.CheckpointError, match="its format is 0"):
         checkpoint.load(path)
-    monkeypatch.setattr(checkpoint, "MAX_BYTES", 2**20)
-    monkeypatch.setattr(checkpoint, "MAX_VALUES", 10_000)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(checkpoint.MAX_BYTES + 1))
-    with pytest.raises(checkpoint.CheckpointError, match="unpacks to more"):
+        archive.writestr("archive/data.pkl", bytes(2**20))
+    with pytest.raises(checkpoint.CheckpointError, match=r"archive/data\.pkl in it is compressed"):
         checkpoint.load(path)
-    path.unlink()
-    for large in (torch.zeros(1).expand(10**10), functools.reduce(lambda inner, _: [inner, inner], range(40), 0)):
-        torch.save({"format": checkpoint.FORMAT, "weights": large, "digest": ""}, path)
-        assert path.stat().st_size < 5_000
-        with pytest.raises(checkpoint.CheckpointError, match="unpacks to more"):
-            checkpoint.load(path)
     path.unlink()
     path.mkdir()
     with pytest.raises(checkpoint.CheckpointError, match="cannot be used"):
         checkpoint.load(path)
-
-
-def test_what_could_not_be_opened_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_BYTES", 1_000)
-    with pytest.raises(utils.UserError, match=r"other\.pth could not be opened again"):
-        checkpoint.save(path.with_name("other.pth"), CONTENT)
-    assert list(path.parent.iterdir()) == [path]
 
 
 def test_runs_of_one_second_have_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

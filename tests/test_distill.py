@@ -16,7 +16,7 @@ import optim
 import train
 from augment import build_loader
 from config import Config
-from tests.helpers import EVERYTHING, TINY, log_rows, write_checkpoint
+from tests.helpers import EVERYTHING, TINY, digest, log_rows, write_checkpoint
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def load_teacher(path: Path) -> optim.Teacher:
 
 
 def end_state(folder: Path) -> str:
-    return checkpoint.digest(checkpoint.load(folder / "last.pth")["state"])
+    return digest(checkpoint.load(folder / "last.pth")["state"])
 
 
 @pytest.mark.parametrize("views", [0, 2])

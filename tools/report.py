@@ -173,7 +173,7 @@ def compute(path: Path, data_dir: str = Config.data_dir) -> Results:
         operations=operations,
         size_kb=size_kb,
         stages=stages(model),
-        latency=latency_section(content["weights"]),
+        latency=latency_section(path),
     )
 
 

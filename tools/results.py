@@ -3,12 +3,13 @@
 Every figure comes from docs/results/*.json and docs/logs/*.csv, the prose from docs/results.template.md.
 """
 
+import hashlib
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from checkpoint import History, digest, draw_curves
+from checkpoint import History, draw_curves
 from config import OneLineParser, restore
 from tools import tables
 from tools.curves import read_log
@@ -124,16 +125,16 @@ def latency_table(result: dict[str, Any] | None) -> str:
     """What tools/latency.py measured of a checkpoint and its ONNX files."""
     if result is None:
         return NOT_MEASURED
-    (head, *rows), weights = latency_cells(result), result["weights_sha256"][:12]
+    (head, *rows), digest = latency_cells(result), result["checkpoint_sha256"][:12]
     where = f"{result['machine']}, torch {result['torch']}, onnxruntime {result['onnxruntime']}, {result['date']}"
-    what = f"`{result['checkpoint']}`, whose weights' SHA-256 begins with {weights}"
+    what = f"`{result['checkpoint']}`, whose SHA-256 begins with {digest}"
     return f"On {where}; {what}:\n\n{tables.table(' | '.join(head), rows)}"
 
 
-def latency_section(weights: dict[str, Any]) -> dict[str, list[list[str]]]:
-    """A title and the cells of the latency table, or nothing where it was not measured on this state dict."""
+def latency_section(path: Path) -> dict[str, list[list[str]]]:
+    """A title and the cells of the latency table, or nothing where it was not measured on this checkpoint."""
     result = read_latency()
-    if result is None or result["weights_sha256"] != digest(weights):
+    if result is None or result["checkpoint_sha256"] != hashlib.sha256(path.read_bytes()).hexdigest():
         return {}
     return {f"Latency on {result['machine']}, {result['date']}": latency_cells(result)}
 
