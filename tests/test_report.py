@@ -13,7 +13,7 @@ import data
 import evaluate
 from data import synthetic
 from tests.helpers import made_up_latency, write_checkpoint
-from tools import calibrate, labels, report, results
+from tools import calibrate, costs, labels, report
 
 
 @pytest.fixture(autouse=True)
@@ -110,14 +110,14 @@ def test_latency_is_shown_for_the_checkpoint_that_it_was_measured_on(
 ) -> None:
     test = synthetic(1, seed=0)
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
-    monkeypatch.setattr(results, "LATENCY", tmp_path / "latency.json")
+    monkeypatch.setattr(costs, "LATENCY", tmp_path / "latency.json")
     path = write_checkpoint(tmp_path / "any.pth", model, test={"accuracy": 1.0})
 
     def page() -> str:
         return report.render(report.compute(path))
 
     assert "Latency" not in page()
-    results.LATENCY.write_text(json.dumps(made_up_latency(hashlib.sha256(path.read_bytes()).hexdigest())))
+    costs.LATENCY.write_text(json.dumps(made_up_latency(hashlib.sha256(path.read_bytes()).hexdigest())))
     assert page().count("<h2>Latency on a box, 8 threads, 2026-02-03 (synthetic)</h2>") == 1
     cells = "".join(f"<td>{cell}</td>" for cell in ("1.20 MB", "2.00", "1,000", "0.50", "4,000"))
     assert f'<th scope="row">int8 .onnx, onnxruntime</th>{cells}' in page()

@@ -27,7 +27,7 @@ from config import Config, preset
 from data import SIDE
 from model import MobileNetV3
 from optim import build_criterion
-from tools import quantize, results
+from tools import costs, quantize
 from tools.benchmark import LIKE, succeed
 from tools.export import Deployed, check_images, export
 from utils import UserError, keep_freed_memory, provenance
@@ -225,5 +225,5 @@ def run(
         "floor": floor(medians(rates)),
         "processes": medians(shared),
     }
-    print(results.latency_table(result), results.floor_table(result), sep="\n\n")
+    print(costs.latency_table(result), costs.floor_table(result), sep="\n\n")
     return result

@@ -23,8 +23,8 @@ import evaluate
 from config import Config, OneLineParser, restore
 from model import MobileNetV3
 from tools import calibrate
+from tools.costs import latency_section
 from tools.labels import class_names, human, superclasses
-from tools.results import latency_section
 from utils import atomic_write, program
 
 PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>$model on $dataset</title>

@@ -1,4 +1,4 @@
-"""Markdown tables and sentences from the records of docs/results and the logs of docs/logs, for tools/results.py."""
+"""Markdown tables of runs, of comparisons and for README, for tools/results.py."""
 
 import math
 import statistics
@@ -7,17 +7,9 @@ from typing import Any
 
 from checkpoint import History
 from config import restore
+from tools.records import SHIPPED, UNTAUGHT, Logs, Record, Records, accuracy, kind
 
-EXPERIMENTS = tuple(f"result{number}" for number in range(1, 7))
 NOT_MEASURED = "not measured"
-SHIPPED = "taught"  # the run that checkpoints/published.pth is of
-UNTAUGHT = "scratch"  # the run that checkpoints/scratch.pth is of
-MEMORISED = 95  # % of its own training images that a run gets right in an epoch
-FEW_POINTS = 5  # in which the fractions agree
-
-Record = dict[str, Any]  # a run's record, and the rows of its log under "history"
-Records = dict[str, Record]
-Logs = dict[str, History]  # by the file's name without .csv
 
 
 def percent(value: float | None) -> str:
@@ -48,23 +40,6 @@ def table(header: str, rows: list[list[Any]]) -> str:
 def link(path: str | None, text: str) -> str:
     """A link from a page in docs/ to a file under docs/."""
     return f"[{text}]({path.removeprefix('docs/')})" if path else "none"
-
-
-def accuracy(run: Record, part: str) -> float | None:
-    """Accuracy in % on "train", "train_eval", "validation" or "test" images, or as "claimed"."""
-    return run[part] and run[part]["accuracy"]
-
-
-def kind(run: Record) -> str:
-    """Which table shows a run."""
-    config = run["config"]
-    if run["name"] in EXPERIMENTS:
-        return "experiment"
-    if config.get("model", "mobilenetv3") != "mobilenetv3":
-        return "teacher"
-    if config.get("teacher", "none") != "none":
-        return "student"
-    return "other" if config.get("validation_per_class") or not run["name"].startswith(UNTAUGHT) else UNTAUGHT
 
 
 def took(run: Record) -> str:
@@ -173,43 +148,6 @@ def runs_table(runs: list[Record]) -> str:
     return table(head, rows)
 
 
-def experiments_table(records: Records) -> str:
-    """The report's experiments side by side; what was claimed and what was measured in columns of their own."""
-    rows = []
-    for run in (records[name] for name in EXPERIMENTS):
-        config, claim = run["config"], run["claimed"]
-        recipe = [config["epochs"], f"{config['lr_step']}, {config['lr_gamma']:g}", f"{config['dropout']:g}"]
-        claimed = percent(claim["accuracy"]) + " (last epoch)" * (claim["epoch"] == "last")
-        figures = [percent(accuracy(run, part)) for part in ("train", "validation", "test")]
-        measured = [run["best_epoch"] or NOT_MEASURED, *figures, link(run["log"], "log")]
-        rows.append([f"`{run['name']}`", *recipe, claimed, *measured])
-    head = "name | epochs | StepLR step, gamma | dropout | claimed, unpublished file | measured: best epoch"
-    return table(f"{head} | train | validation | official test set | log", rows)
-
-
-def curves(records: Records) -> str:
-    """The curves of each experiment, or that there are none."""
-    lines = []
-    for run in (records[name] for name in EXPERIMENTS):
-        shown = f"!{link(run['curves'], run['name'] + ': loss and accuracy over epochs')}"
-        lines.append(shown if run["curves"] else f"`{run['name']}`: {NOT_MEASURED}.")
-    return "\n\n".join(lines)
-
-
-def memorises(run: Record) -> str:
-    """Whether a run ends with its training images memorised and its validation loss above its lowest."""
-    if not run["history"]:
-        return f"- `{run['name']}`: {NOT_MEASURED}."
-    last, lowest = run["history"][-1], min(run["history"], key=lambda row: row["validation_loss"])
-    holds = last["train_accuracy"] > MEMORISED and last["validation_loss"] > lowest["validation_loss"]
-    return (
-        f"- `{run['name']}`: train {percent(last['train_accuracy'])}, loss {last['train_loss']:.4f};\n"
-        f"  validation {percent(last['validation_accuracy'])}, loss {last['validation_loss']:.4f} "
-        f"(lowest {lowest['validation_loss']:.4f}, epoch {lowest['epoch']}).\n"
-        f"  {'It holds' if holds else 'It does not hold'}."
-    )
-
-
 def noise(run: Record, base: Record) -> float:
     """Two standard errors of the difference between the test accuracies of two runs, in points."""
     variances = (accuracy(r, "test") * (100 - accuracy(r, "test")) / r["test"]["images"] for r in (run, base))
@@ -220,50 +158,6 @@ def verdict(run: Record, base: Record) -> str:
     """Whether the test accuracies of two runs differ by more than chance."""
     clear = abs(accuracy(run, "test") - accuracy(base, "test")) >= noise(run, base)
     return f"{'more' if clear else 'less'} than two standard errors ({noise(run, base):.2f} points)"
-
-
-def compare(run: Record, base: Record) -> str:
-    """What a run gains over another: in the report's claims, and in test accuracy."""
-    claimed = run["claimed"]["accuracy"] - base["claimed"]["accuracy"]
-    text = f"- `{run['name']}` against `{base['name']}`: claimed {claimed:+.2f} points;"
-    if missing := [f"`{other['name']}`" for other in (run, base) if not other["test"]]:
-        return f"{text} {NOT_MEASURED} ({' and '.join(missing)})."
-    ours, theirs = accuracy(run, "test"), accuracy(base, "test")
-    gain = ours - theirs
-    outcome = "The direction holds" if gain * claimed > 0 else "The opposite holds"
-    if abs(gain) < noise(run, base):
-        outcome = f"Too small to tell: two standard errors are {noise(run, base):.2f} points"
-    return f"{text}\n  measured {gain:+.2f} points, {percent(ours)} against {percent(theirs)}. {outcome}."
-
-
-def fraction(claimed: float, seen: float, held_out: float) -> float:
-    """f in claimed = f * seen + (1 - f) * held_out."""
-    return (claimed - held_out) / (seen - held_out)
-
-
-def fractions(records: Records) -> str:
-    """The fraction f of each experiment, and whether those that are known agree.
-
-    Where a run's weights were not scored on their training images, its log's running accuracy stands in for it.
-    """
-    rows, known, tests = [], [], []
-    for run in (records[name] for name in EXPERIMENTS):
-        claimed, seen, running, test = (accuracy(run, part) for part in ("claimed", "train_eval", "train", "test"))
-        figures = [claimed, running if seen is None else seen, test]
-        value = None if None in figures else 100 * fraction(*figures)
-        if value is not None:
-            known.append(value)
-            tests.append(run["test"])
-        cells = [percent(figure) for figure in figures]
-        cells[1] += " (running)" * (seen is None and running is not None)
-        rows.append([f"`{run['name']}`", *cells, percent(value)])
-    text = f"{len(known)} of {len(EXPERIMENTS)} fractions can be computed"
-    if any(test != tests[0] for test in tests):  # runs of the same weights say nothing of each other
-        apart = max(known) - min(known)
-        text += f". They lie between {min(known):.1f} and {max(known):.1f} %, {apart:.1f} points apart: they "
-        text += f"{'agree' if apart <= FEW_POINTS else 'do not agree'} within {FEW_POINTS} points"
-    head = "name | claimed, unpublished file | measured: own training images | official test set | f"
-    return f"{table(head, rows)}\n\n{text}."
 
 
 def gains(row: dict[str, Any], logs: Logs) -> list[float]:
@@ -295,32 +189,3 @@ def others_table(others: list[dict[str, Any]], records: Records) -> str:
         cells = [other["network"], other["parameters"], other["multiply_adds"], percent(figure)]
         rows.append([*cells, other["teacher"] or "no", other["source"]])
     return table("network | parameters | multiply-adds | top-1 | teacher | source", rows)
-
-
-def benchmark_table(result: dict[str, Any]) -> str:
-    """What tools/benchmark.py measured."""
-    step, pipeline = result["train_images_per_second"], result["pipeline_images_per_second"]
-
-    def versus(speed: float, ratio: float) -> list[str]:
-        return [f"{speed:,.0f} images/s", f"{speed / ratio:,.0f} images/s", f"{ratio:.2f}"]
-
-    rows = [
-        ["training step, against the plain loop", *versus(step, result["train_cpu_ratio"])],
-        ["training step, against the tuned loader", *versus(step, result["train_cpu_tuned_ratio"])],
-        ["input alone, against the tuned loader", *versus(pipeline, result["pipeline_ratio"])],
-        ["grading 10,000 images, against one at a time", f"{result['grade_seconds']:.1f} s",
-         f"{result['grade_seconds'] * result['grade_ratio']:.1f} s", f"{result['grade_ratio']:.2f}"],
-        ["from `python train.py` to the first step", f"{result['start_seconds']:.1f} s", None, None],
-        ["`python train.py -h`", f"{result['help_seconds']:.2f} s", None, None],
-        ["peak memory of training with the defaults", f"{result['peak_rss_mb']:,.0f} MiB", None, None],
-    ]  # fmt: skip
-    rows.append(["training on a GPU", NOT_MEASURED, None, None])
-    where = f"{result['machine']}, torch {result['torch']}"
-    first = result["growth"][0]
-    growth = [
-        [f"{row['images'] // row['epochs']:,}", row["epochs"], f"{row['seconds']:.1f} s",
-         f"{row['seconds'] / first['seconds']:.1f}", f"{row['rss_mb']:,.0f} MiB"]
-        for row in result["growth"]
-    ]  # fmt: skip
-    speed = table(" | ours | what a user would otherwise run | ratio", rows)
-    return f"On {where}:\n\n{speed}\n\n" + table("images an epoch | epochs | time | ratio | peak memory", growth)
