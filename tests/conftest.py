@@ -1,6 +1,8 @@
 """Shared fixtures, and the grade in pytest's terminal summary."""
 
 import os
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import data
 import utils
 from config import Config
 from model import MobileNetV3
-from tests.helpers import TINY
+from tests.helpers import SIGNALS, TINY
 
 GRADE = pytest.StashKey[list[str]]()
 
@@ -30,6 +32,15 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Settings of a short synthetic run that leaves nothing outside of tmp_path."""
     monkeypatch.setattr(checkpoint, "BEST", tmp_path / "checkpoints" / "best.pth")
     return replace(TINY, runs_dir=str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts pytest's own signal handlers back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
 import csv
 import hashlib
-from dataclasses import asdict, replace
+import signal
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +29,8 @@ EVERYTHING = {  # the parts of a recipe that hold a state or draw random numbers
     "label_smoothing": 0.1, "dropout": 0.1, "trivial_augment": 0.5, "cutout": 8, "mixup": 0.2, "cutmix": 1.0,
     "mix_prob": 0.5, "small_fraction": 0.5,
 }  # fmt: skip
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FILES = ["best.pth", "config.json", "curves.png", "last.pth", "log.csv"]  # of a run
 SCRATCH = Path("checkpoints/scratch.pth")  # trained weights, and no temperature
 PER_CLASS = {"train": 3, "test": 2}  # images a class of the small data set
 
@@ -73,6 +76,23 @@ def digest(content: Any) -> str:
         items = content.items() if isinstance(content, dict) else enumerate(content)
         content = [type(content), [(key, digest(value)) for key, value in items]]
     return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def end_state(folder: Path) -> str:
+    """A digest of all that a run goes on with."""
+    return digest(checkpoint.load(folder / "last.pth")["state"])
+
+
+def flags(config: Config) -> list[str]:
+    """The command line that gives these settings."""
+    words = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.type is bool:
+            words.append(f"--{f.name}" if value else f"--no-{f.name}")
+        elif f.name != "experiment":
+            words += [f"--{f.name}", str(value)]
+    return words
 
 
 def log_rows(folder: Path) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ import optim
 import train
 from augment import build_loader
 from config import Config
-from tests.helpers import EVERYTHING, TINY, digest, log_rows, write_checkpoint
+from tests.helpers import EVERYTHING, TINY, end_state, log_rows, write_checkpoint
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -111,10 +111,6 @@ def test_a_teacher_gives_the_logits_of_its_model(
 
 def load_teacher(path: Path) -> optim.Teacher:
     return optim.Teacher(evaluate.load_model(checkpoint.load(path), path), CPU, torch.bfloat16)
-
-
-def end_state(folder: Path) -> str:
-    return digest(checkpoint.load(folder / "last.pth")["state"])
 
 
 @pytest.mark.parametrize("views", [0, 2])
