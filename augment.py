@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torchvision.transforms import v2
 
 from data import CLASSES, SIDE, Images, load_training, normalise
 from utils import UserError
@@ -14,7 +15,7 @@ from utils import UserError
 SMALL_SIDE = 24  # pixels; an epoch of such images takes 0.6 of the time
 # A CPU generator uses 32 bits of its seed: with this stride no two epochs of runs of up to 1,264 epochs share them.
 SEED_STRIDE = 1_000_003
-TAUGHT_SEED = 1_000_001  # added where there is a teacher, so that it has not learnt the student's views; above any seed
+TEACHER_SEED_OFFSET = 1_000_001  # above any seed: where there is a teacher, views that it was not trained on
 
 
 def pixel_table(images: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Te
 
 
 def affine(images: Tensor, level: Tensor, matrix: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
-    """Move pixels by the identity plus level (N, 1, 1, 1) times a 2 x 3 matrix, half the image's side as unit."""
+    """Warp by the identity plus level (N, 1, 1, 1) times a 2 x 3 matrix, in affine_grid's coordinates (-1 to 1)."""
     move = torch.stack([torch.stack([value * level.flatten() for value in row], 1) for row in matrix], 1)
     return sample(images, torch.eye(2, 3, device=images.device) + move)
 
@@ -135,14 +136,8 @@ def autocontrast(images: Tensor, level: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor, level: Tensor) -> Tensor:
-    """Spread each channel's values evenly over 0..255, with PIL's whole steps."""
-    values = images.flatten(2).round().long()
-    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
-    counts.scatter_add_(2, values, torch.ones_like(values))
-    step = ((values.shape[2] - counts.gather(2, values.amax(2, keepdim=True))) / 255).floor()
-    below = counts.cumsum(2) - counts
-    table = ((below + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(max=255)
-    return torch.where(step > 0, table.gather(2, values), values).view(images.shape)
+    """Spread each channel's values evenly over 0..255."""
+    return v2.functional.equalize(images.round().to(torch.uint8))
 
 
 # By name. Each takes float images (N, 3, H, W) of 0..255 and its strength, level (N, 1, 1, 1) from -1 to 1.
@@ -169,7 +164,7 @@ class Loader:
 
     Order and augmentation follow from (seed, epoch). All batches have one size: the images that do not fill the last
     one are left out, others in each epoch. `config` has the settings of config.Config that are read here. `shard`
-    is what this process takes of each batch, where several train together.
+    is this process's part of each batch, where several train together.
     """
 
     def __init__(self, train: Images, config: Any, shard: slice = slice(None)) -> None:
@@ -178,8 +173,6 @@ class Loader:
         self.batch_size = min(config.batch_size, len(train.labels))
         self.mixers = []
         if config.mixup or config.cutmix:
-            from torchvision.transforms import v2  # here, as its import takes a second
-
             self.mixers += [v2.MixUp(alpha=config.mixup, num_classes=CLASSES)] if config.mixup else []
             self.mixers += [v2.CutMix(alpha=config.cutmix, num_classes=CLASSES)] if config.cutmix else []
 
@@ -188,7 +181,7 @@ class Loader:
         self.epoch = epoch
 
     @property
-    def small(self) -> bool:
+    def is_small(self) -> bool:
         """Whether the epoch has images of 24x24 (progressive learning: Tan, Le, EfficientNetV2, 2021)."""
         return self.epoch < int(self.config.small_fraction * self.config.epochs + 1e-9)  # 0.29 * 100 is below 29
 
@@ -198,14 +191,14 @@ class Loader:
         return self.epoch % self.config.teacher_views if self.config.teacher_views else self.epoch
 
     @property
-    def view(self) -> str:
+    def cache_key(self) -> str:
         """A name for the epoch's images: epochs of the same name have the same ones, in the same order."""
         shard = f"-{self.shard.start + 1}of{self.shard.step}" if self.shard.step not in (None, 1) else ""
         return f"{self.repeated_epoch}{shard}-{self.labels.device.type}"  # devices draw other random numbers
 
     def resize(self, images: Tensor) -> Tensor:
         """The images as the model sees them in this epoch: 24x24 or as they are. A teacher sees them as they are."""
-        return F.interpolate(images, SMALL_SIDE, mode="bilinear", antialias=True) if self.small else images
+        return F.interpolate(images, SMALL_SIDE, mode="bilinear", antialias=True) if self.is_small else images
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -213,7 +206,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `augment`; dropout and mixing draw from torch's global generator, which is seeded here."""
-        run_seed = self.config.seed + (TAUGHT_SEED if self.config.teacher != "none" else 0)
+        run_seed = self.config.seed + (TEACHER_SEED_OFFSET if self.config.teacher != "none" else 0)
         seed = run_seed * SEED_STRIDE + self.repeated_epoch
         torch.manual_seed(seed)
         generator = Generator(self.labels.device).manual_seed(seed)
@@ -237,7 +230,7 @@ class Loader:
 
 
 def build_loader(config: Any, device: torch.device, rank: int = 0, processes: int = 1) -> tuple[Loader, Images]:
-    """The loader of a run's training images, and its validation images, on the device. Raises UserError.
+    """Returns the loader of a run's training images, and its validation images, on the device. Raises UserError.
 
     Each of several processes makes the same whole batches and takes the images rank, rank + processes, ... of each.
     """

@@ -48,11 +48,8 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError("it is a folder; the weights of a run are in its best.pth")
         check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or "format" not in content:
-            raise ValueError("it was not written by this program")
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r}, this program reads {FORMAT}")
-        content.pop("digest", None)  # of older files
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError("it was not written by this version of the program")
     except Exception as error:  # a damaged file raises nearly anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to open it all the same
@@ -117,15 +114,9 @@ def new_run(runs_dir: str, name: str, settings: dict[str, Any]) -> Path:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings that a run wrote. Raises CheckpointError where the folder holds no run."""
+    """The settings that a run wrote when it began. Raises CheckpointError where the folder holds no run."""
     try:
-        if not (folder / "last.pth").exists():
-            settings = json.loads((folder / "config.json").read_text())
-        else:
-            content = load(folder / "last.pth")
-            if not {"state", "history", "config"} <= content.keys():
-                raise ValueError("its last.pth is not what a run writes under that name")
-            settings = content["config"]
+        settings = json.loads((folder / "config.json").read_text())
         if not isinstance(settings, dict):
             raise ValueError("its config.json holds no settings")
     except (OSError, ValueError) as error:
@@ -136,7 +127,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def save_epoch(
     folder: Path, settings: dict[str, Any], history: History, state: dict[str, Any], weights: dict[str, Tensor]
 ) -> bool:
-    """Write last.pth, log.csv and, for the best epoch (unvalidated: the last one), best.pth; whether that was written.
+    """Write last.pth, log.csv and, for the best epoch (unvalidated: the last one), best.pth. Returns whether it was.
 
     last.pth, from which a run goes on, comes after best.pth: a run killed between them repeats the epoch and writes
     the same best.pth again.

@@ -23,8 +23,8 @@ def setting(
     """A dataclass field: its default, its unit and meaning, and the values that it allows.
 
     `base` is its value in the base recipe, in which every technique is off: presets start from there, and an older
-    run that lacks the setting has it. With `recipe` False the setting says where and how to run, not what to train,
-    and needs none.
+    run that lacks the setting has it. With `recipe` False it is a setting of the machine or the run, not of the
+    training recipe, and needs no `base`.
     """
     if recipe and base is MISSING:
         raise TypeError(f"the setting with the help {help!r} needs a base, the value that turns it off")

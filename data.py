@@ -102,7 +102,7 @@ def split(labels: Tensor, validation_per_class: int, images_per_class: int = 0) 
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Pixels of 0..255, (N, 3, 32, 32), to float32 of the training set's mean 0 and std 1, channels_last."""
+    """Pixels of 0..255, (N, 3, 32, 32), to float32 (x / 255 - MEAN) / STD, channels_last."""
     scale, shift = normalisation(images.device)
     return images.to(torch.float32, memory_format=torch.channels_last).mul(scale).add_(shift)
 
@@ -111,11 +111,12 @@ def normalise(images: Tensor) -> Tensor:
 def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """The factor and the summand of `normalise`, each as a whole image (1, 3, 32, 32): broadcasting three numbers
     along the fastest dimension takes a CPU five times as long."""
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return tuple(
-        value.expand(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
-        for value in (1 / (255 * std), -mean / std)
-    )
+    with torch.inference_mode(False):  # or no gradient could pass, where the first call is an evaluation's
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+        return tuple(
+            value.expand(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
+            for value in (1 / (255 * std), -mean / std)
+        )
 
 
 def read(path: Path, name: str) -> np.ndarray:

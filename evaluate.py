@@ -20,7 +20,7 @@ import checkpoint
 from config import Config, OneLineParser, restore
 from data import SIDE, load_test, normalise
 from model import build_model
-from utils import choose_device, keep_freed_memory, processes, program
+from utils import choose_device, keep_freed_memory, program, world_size
 
 Labelled = tuple[Tensor, Tensor]  # uint8 images (N, 3, 32, 32) and labels (N,), such as data.Images
 BATCH_SIZE = 100  # images a forward pass; the figures do not depend on it
@@ -46,22 +46,22 @@ class Meter:
         self.sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
         self.count += len(labels)
 
-    def gather(self) -> None:
+    def all_reduce(self) -> None:
         """Add the sums of all processes."""
-        if processes() > 1:
+        if world_size() > 1:
             torch.distributed.all_reduce(self.sums)
-            self.count *= processes()
+            self.count *= world_size()
 
-    def read(self) -> tuple[float, float]:
+    def compute(self) -> tuple[float, float]:
         """Mean loss and accuracy in percent; waits for the device."""
         loss, accuracy = (self.sums / self.count).tolist()
         return loss, 100 * accuracy
 
 
-def evaluate(model: nn.Module, labelled: Labelled, batch_size: int = BATCH_SIZE) -> Scores:
+def evaluate(model: nn.Module, labelled: Labelled) -> Scores:
     """Score a model in eval mode on images that lie on its device, in float32 without TF32."""
     images, labels = labelled
-    outputs = logits(model, images, batch_size)
+    outputs = logits(model, images)
     loss = F.cross_entropy(outputs, labels)
     correct = outputs.topk(5).indices == labels[:, None]
     accuracies = 100 * torch.stack([correct[:, 0], correct.any(1)]).double().mean(1)
@@ -69,11 +69,11 @@ def evaluate(model: nn.Module, labelled: Labelled, batch_size: int = BATCH_SIZE)
 
 
 @torch.inference_mode()
-def logits(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
+def logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits (N, 100) of a model in eval mode for uint8 (N, 3, 32, 32) on its device, in float32 without TF32."""
     model = fuse_batchnorm(model)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return torch.cat([model(normalise(batch)) for batch in images.split(batch_size)])
+        return torch.cat([model(normalise(batch)) for batch in images.split(BATCH_SIZE)])
 
 
 def fuse_batchnorm(model: nn.Module) -> nn.Module:
@@ -108,18 +108,13 @@ def load_model(content: dict[str, Any], path: Path) -> nn.Module:
     try:
         config = restore(content["config"])
         model = build_model(config.model, image_size=config.image_size)
-    except (AttributeError, KeyError) as error:
-        raise checkpoint.CheckpointError(f"{path} holds no settings of a run. Give another checkpoint") from error
-    except ValueError as error:
-        raise checkpoint.CheckpointError(f"{path} cannot be used: {error}") from error
-    if "weights" not in content:
-        raise checkpoint.CheckpointError(f"{path} holds no weights of this model alone. Of a run, give its best.pth")
-    try:
         model.load_state_dict(content["weights"])
-    except RuntimeError as error:
+    except ValueError as error:  # it says what is wrong
+        raise checkpoint.CheckpointError(f"{path} cannot be used: {error}") from error
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise checkpoint.CheckpointError(
-            f"{path} holds no weights of this model; model.py may have been changed since. Give another checkpoint, or "
-            "delete this one"
+            f"{path} holds no weights of its model, or model.py was changed since. Give another checkpoint; of a run, "
+            "its best.pth"
         ) from error
     return model.eval()
 
@@ -129,9 +124,7 @@ def default_checkpoint() -> Path:
     return checkpoint.BEST if checkpoint.BEST.exists() else checkpoint.PUBLISHED
 
 
-def grade(
-    path: Path, device: str = Config.device, data_dir: str = Config.data_dir, batch_size: int = BATCH_SIZE
-) -> dict[str, Any]:
+def grade(path: Path, device: str = Config.device, data_dir: str = Config.data_dir) -> dict[str, Any]:
     """Operations, size and test scores of a checkpoint, with what it is. Raises UserError."""
     where = choose_device(device)
     content = checkpoint.load(path)
@@ -140,7 +133,7 @@ def grade(
     dataset = content["config"]["dataset"]
     test = load_test(dataset, data_dir).to(where)
     start = time.perf_counter()
-    scores = evaluate(model, test, batch_size)
+    scores = evaluate(model, test)
     return {
         "checkpoint": str(path),
         "experiment": content["config"]["experiment"],
@@ -174,18 +167,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     parser.add_argument("--device", default=Config.device, help="auto, cpu, cuda or cuda:N [%(default)s]")
     parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="images a forward pass [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     arguments = parser.parse_args(argv)
-    if arguments.batch_size < 1:
-        parser.error(f"--batch_size must be at least 1, not {arguments.batch_size}")
     try:
         Config(device=arguments.device, data_dir=arguments.data_dir)
     except ValueError as error:
         parser.error(str(error))
     keep_freed_memory()
     path = arguments.checkpoint or default_checkpoint()
-    result = grade(path, arguments.device, arguments.data_dir, arguments.batch_size)
+    result = grade(path, arguments.device, arguments.data_dir)
     print(json.dumps(result) if arguments.json else format_grade(result))
     return 0
 

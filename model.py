@@ -122,10 +122,11 @@ def build_model(name: str, dropout: float = 0.0, image_size: int = 32, pretraine
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> tuple[int, int]:
-    """Start a model from a state dict; how many tensors were taken, of how many.
+    """Start a model from a state dict. Returns how many tensors were taken, and how many the model has.
 
-    Tensors are matched by name, or, where no name fits, by their order. All shapes must be equal, but a tensor of 100
-    rows, as the classifier's, may differ and then keeps its random weights. Raises ValueError.
+    Tensors are matched by name, or, where no name fits, by their order. All of the model's must be there with their
+    shapes, but one of 100 rows, as the classifier's, may differ or be missing and then keeps its random weights, and
+    counters of batches may be missing. Raises ValueError.
     """
     own = (model[1] if isinstance(model, nn.Sequential) else model).state_dict()
     if not own.keys() & weights.keys():
@@ -137,6 +138,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> tuple[int, int
         if name in weights and weights[name].shape == tensor.shape:
             tensor.copy_(weights[name])
             taken += 1
-        elif name in weights and tensor.shape[:1] != (CLASSES,):
-            raise ValueError(f"{name} is {(*weights[name].shape,)}, and the model's {(*tensor.shape,)}")
+        elif tensor.ndim and tensor.shape[:1] != (CLASSES,):
+            found = f"is {(*weights[name].shape,)}" if name in weights else "is missing"
+            raise ValueError(f"{name} {found}, and the model's is {(*tensor.shape,)}")
     return taken, len(own)

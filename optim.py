@@ -70,19 +70,16 @@ class EMA:
 
 
 def build_criterion(config: Any, teacher: Callable[[Tensor], Tensor] | None = None) -> Criterion:
-    """Cross-entropy with label smoothing (Szegedy et al., 2016); with a teacher's logits: their loss instead, plus
-    `label_weight` times the cross-entropy."""
-
-    def cross_entropy(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-
-    if teacher is None:
-        return cross_entropy
+    """Cross-entropy with label smoothing (Szegedy et al., 2016). With a teacher, from images to its logits: the
+    distillation loss plus `label_weight` times the cross-entropy."""
     distill = DISTILLATION[config.distill_loss]
 
     def criterion(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = distill(logits.float(), teacher(images), config.distill_temperature)
-        return loss + config.label_weight * cross_entropy(images, logits, labels) if config.label_weight else loss
+        cross_entropy = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        if teacher is None:
+            return cross_entropy
+        distillation = distill(logits.float(), teacher(images), config.distill_temperature)
+        return distillation + config.label_weight * cross_entropy
 
     return criterion
 
@@ -112,10 +109,10 @@ DISTILLATION = {"kl": kl_loss, "standardised": standardised_loss, "mse": mse_los
 
 
 class Teacher:
-    """A model in eval mode whose logits another one learns, in half precision where the device is faster in it.
+    """A frozen model whose logits another one learns, in half precision where the device is faster in it.
 
-    It sees the same view of each image as the student (consistent teaching: Beyer et al., 2022). The logits of an epoch
-    are in `made`. Where the same views come again, `start_epoch` takes them back and the model is not run.
+    It sees the same view of each image as the student (consistent teaching: Beyer et al., 2022). `new_logits` has the
+    logits of an epoch. Where the same views come again, `start_epoch` takes them back and the model is not run.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, compile: bool = False) -> None:
@@ -126,16 +123,16 @@ class Teacher:
         self.autocast = torch.autocast(device.type, dtype, enabled=fast)
         self.start_epoch()
 
-    def start_epoch(self, known: Tensor | None = None) -> None:
-        """Begin an epoch; `known` has the logits of its batches, (batches, N, 100), where they are known."""
-        self.known = None if known is None else iter(known.to(self.device))
-        self.made: list[Tensor] = []  # float16: 10 MB for 50,000 images
+    def start_epoch(self, cached_logits: Tensor | None = None) -> None:
+        """Begin an epoch; `cached_logits` are those of its batches, (batches, N, 100), where there are any."""
+        self.cached_logits = None if cached_logits is None else iter(cached_logits.to(self.device))
+        self.new_logits: list[Tensor] = []  # float16: 10 MB for 50,000 images
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (N, 100), float32, for the normalised images (N, 3, H, W) of the epoch's next batch."""
-        if self.known is not None:
-            return next(self.known).float()
+        if self.cached_logits is not None:
+            return next(self.cached_logits).float()
         with torch.no_grad(), self.autocast:
             logits = self.model(images).half()
-        self.made.append(logits)
+        self.new_logits.append(logits)
         return logits.float()

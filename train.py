@@ -35,7 +35,7 @@ class TrainState:
         resumed = folder is not None and (folder / "last.pth").exists()
         self.model = new_model(config, resumed).to(device, memory_format=torch.channels_last)
         # What the loop calls. The model itself stays unwrapped, and so do the names in its state_dict.
-        self.forward = DistributedDataParallel(self.model) if utils.processes() > 1 else self.model
+        self.forward = DistributedDataParallel(self.model) if utils.world_size() > 1 else self.model
         cuda = device.type == "cuda"
         if config.compile:  # with CUDA graphs on a GPU
             self.forward = torch.compile(self.forward, dynamic=False, mode="reduce-overhead" if cuda else "default")
@@ -70,7 +70,7 @@ class TrainState:
                 if content["state"][name]:  # a scaler that is off has none
                     part.load_state_dict(content["state"][name])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{folder} cannot go on, its model is another one: {utils.one_line(error)}") from error
+            raise UserError(f"{folder} cannot go on, its last.pth does not fit: {utils.one_line(error)}") from error
         self.history = content["history"]
 
 
@@ -87,7 +87,7 @@ def new_model(config: Config, resumed: bool) -> torch.nn.Module:
 
 
 def train_one_epoch(state: TrainState, loader: Loader, criterion: Criterion) -> Meter:
-    """Train on one epoch of the loader; its loss and accuracy."""
+    """Train on one epoch of the loader. Returns its loss and accuracy."""
     meter = Meter(state.device)
     state.model.train()
     for images, labels in progress_bar(loader, meter):
@@ -101,7 +101,7 @@ def train_one_epoch(state: TrainState, loader: Loader, criterion: Criterion) -> 
         if state.ema is not None:
             state.ema.update()
         meter.update(loss, logits, labels)  # stays on the device
-    meter.gather()
+    meter.all_reduce()
     return meter
 
 
@@ -125,17 +125,17 @@ def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Lab
         start = time.perf_counter()
         loader.set_epoch(epoch - 1)
         if state.teacher is not None:
-            path = folder / f"logits-{loader.view}.pth"
-            known = checkpoint.load_logits(path) if config.teacher_views else None
-            state.teacher.start_epoch(known)
+            path = folder / f"logits-{loader.cache_key}.pth"
+            cached_logits = checkpoint.load_logits(path) if config.teacher_views else None
+            state.teacher.start_epoch(cached_logits)
         meter = train_one_epoch(state, loader, criterion)
-        if state.teacher is not None and config.teacher_views and known is None:
-            checkpoint.save(path, {"logits": torch.stack(state.teacher.made)})
-        loss, accuracy = meter.read()
+        if state.teacher is not None and config.teacher_views and cached_logits is None:
+            checkpoint.save(path, {"logits": torch.stack(state.teacher.new_logits)})
+        loss, accuracy = meter.compute()
         speed = meter.count / (time.perf_counter() - start)
         check_finite(state, loss, epoch)
         row = dict.fromkeys(checkpoint.COLUMNS)
-        row.update(epoch=epoch, lr=state.scheduler.get_last_lr()[0], train_loss=loss, train_accuracy=accuracy)
+        row |= {"epoch": epoch, "lr": state.scheduler.get_last_lr()[0], "train_loss": loss, "train_accuracy": accuracy}
         state.scheduler.step()
         if not first:
             continue  # what follows must not wait for the other processes
@@ -143,7 +143,7 @@ def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Lab
         if config.validation_per_class:
             scores = evaluate(state.eval_model, validation)
             print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
-            row.update(validation_loss=scores.loss, validation_accuracy=scores.top1)
+            row |= {"validation_loss": scores.loss, "validation_accuracy": scores.top1}
         state.history.append(row | {"images_per_second": speed, "seconds": time.perf_counter() - start})
         parts = {name: part.state_dict() for name, part in state.parts().items()}
         weights = state.eval_model.state_dict()
@@ -163,14 +163,14 @@ def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Lab
 
 
 def train(config: Config, folder: Path | None = None) -> Path:
-    """Train, or go on with the run in `folder`; the run's folder. Raises UserError.
+    """Train a new run, or go on with the one in `folder`. Returns the run's folder. Raises UserError.
 
     On Ctrl-C and SIGTERM it prints how to go on and raises KeyboardInterrupt: the epoch under way is repeated then.
     Each of several processes calls this; the first one writes the files.
     """
     try:
-        device = utils.set_up_torch(config.device, config.threads, config.deterministic)
-        loader, validation = build_loader(config, device, utils.rank(), utils.processes())
+        device = utils.setup_torch(config.device, config.threads, config.deterministic)
+        loader, validation = build_loader(config, device, utils.rank(), utils.world_size())
         state = TrainState(config, device, folder)
         if folder is None:
             name = config.experiment if config.dataset == "cifar100" else f"{config.experiment}-{config.dataset}"
@@ -234,7 +234,7 @@ def resumed_config(folder: Path, given: dict[str, Any]) -> Config:
 
 @program("train.py")
 def main(argv: list[str] | None = None) -> int:
-    """Train or resume; the exit code."""
+    """Train or resume. Returns the exit code."""
     arguments = parse_command_line(argv)
     utils.stop_on_signals()
     utils.keep_freed_memory()

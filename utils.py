@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -53,7 +52,7 @@ def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 
 
 def stop_on_signals() -> None:
-    """Let SIGTERM raise KeyboardInterrupt as Ctrl-C does, each with its number."""
+    """Let SIGINT (Ctrl-C) and SIGTERM raise KeyboardInterrupt(signal number)."""
 
     def interrupt(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt(number)
@@ -72,18 +71,16 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
     Raises UserError where the disk is full, or the folder read-only or gone; an older file then stays as it was.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         if not isinstance(error, OSError):
             raise
         reason = error.strerror or one_line(error)
@@ -124,7 +121,7 @@ def remove_partial(folder: Path, name: str = "") -> None:
         path.unlink()
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes train together: those that torchrun started, else 1."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -135,9 +132,9 @@ def rank() -> int:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """Call `make` in the first process; its result in all of them."""
+    """Call `make` in the first process. Returns its result in all of them."""
     made = [make() if rank() == 0 else None]
-    if processes() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(made)
     return made[0]
 
@@ -179,8 +176,10 @@ def choose_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def set_up_torch(device: str, threads: int, deterministic: bool) -> torch.device:
-    """Set the number of CPU threads (0: torch's choice) and whether to ask for deterministic kernels; the device.
+def setup_torch(device: str, threads: int, deterministic: bool) -> torch.device:
+    """Set the number of CPU threads (0: torch's choice) and whether to ask for deterministic kernels.
+
+    Returns the device.
 
     Call it before any work of torch's: its threads take over what holds when they start.
     """
@@ -212,7 +211,7 @@ def provenance(device: str) -> dict[str, str | None]:
         names = re.findall(r"^model name\s*: (.+)$", cpus.read_text(), re.MULTILINE) if cpus.exists() else []
         threads = torch.get_num_threads()
         machine = f"{[*names, platform.machine()][0]}, {threads} {'thread' if threads == 1 else 'threads'}"
-    machine = f"{processes()} x {machine}" if processes() > 1 else machine
+    machine = f"{world_size()} x {machine}" if world_size() > 1 else machine
     return {"torch": str(torch.__version__), "commit": commit, "machine": machine}
 
 
@@ -246,5 +245,5 @@ def progress_bar(loader: Any, meter: Any) -> Iterator[tuple[torch.Tensor, torch.
         for images, labels in loader:
             yield images, labels
             if bar.update(loader.batch_size):  # the bar was drawn: twice a second, as reading waits for the device
-                loss, accuracy = meter.read()
+                loss, accuracy = meter.compute()
                 bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}%", refresh=False)

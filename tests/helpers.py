@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import signal
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -76,6 +77,12 @@ def digest(content: Any) -> str:
         items = content.items() if isinstance(content, dict) else enumerate(content)
         content = [type(content), [(key, digest(value)) for key, value in items]]
     return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def change_settings(folder: Path, **changed: Any) -> None:
+    """Change what a run goes on with."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
 def end_state(folder: Path) -> str:

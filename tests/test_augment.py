@@ -199,10 +199,10 @@ def test_an_epoch_follows_from_seed_and_number(images: Tensor) -> None:
 def test_no_two_seeds_and_epochs_share_random_numbers() -> None:
     """Not even in the 32 bits that torch uses of a CPU generator's seed, up to 1,264 epochs."""
     largest = {f.name: f.metadata["max"] for f in fields(Config)}
-    assert largest["seed"] < augment.TAUGHT_SEED
-    apart = np.arange(1, augment.TAUGHT_SEED + largest["seed"] + 1) * augment.SEED_STRIDE % 2**32
+    assert largest["seed"] < augment.TEACHER_SEED_OFFSET
+    apart = np.arange(1, augment.TEACHER_SEED_OFFSET + largest["seed"] + 1) * augment.SEED_STRIDE % 2**32
     assert min(apart.min(), (2**32 - apart).min()) == 1264
-    assert augment.SEED_STRIDE * (augment.TAUGHT_SEED + largest["seed"]) + largest["epochs"] < 2**63
+    assert augment.SEED_STRIDE * (augment.TEACHER_SEED_OFFSET + largest["seed"]) + largest["epochs"] < 2**63
 
 
 def test_a_student_sees_other_views_than_a_teacher_of_its_seed(images: Tensor) -> None:

@@ -168,6 +168,15 @@ def test_split_is_balanced_disjoint_and_always_the_same() -> None:
     assert len(data.split(labels, 0)[0]) == 50_000
 
 
+def test_gradients_pass_through_normalise_after_an_evaluation() -> None:
+    data.normalisation.cache_clear()
+    with torch.inference_mode():
+        data.normalise(torch.zeros(1, 3, 32, 32))
+    images = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    data.normalise(images).sum().backward()
+    assert images.grad[0, :, 0, 0].tolist() == pytest.approx([1 / (255 * std) for std in data.STD])
+
+
 def test_normalise_follows_its_formula() -> None:
     images = synthetic(1, seed=3)[0]
     expected = (images.numpy() / 255 - np.reshape(data.MEAN, (3, 1, 1))) / np.reshape(data.STD, (3, 1, 1))

@@ -148,7 +148,7 @@ def test_kept_logits_give_the_same_weights_without_computing(
     forward = optim.Teacher.__call__
 
     def counted(self: optim.Teacher, images: Tensor) -> Tensor:
-        forwards.append(self.known is None)
+        forwards.append(self.cached_logits is None)
         return forward(self, images)
 
     monkeypatch.setattr(optim.Teacher, "__call__", counted)
@@ -200,7 +200,7 @@ def test_views_repeat_only_where_asked(tiny: Config) -> None:
             loader.set_epoch(epoch)
             images.append(torch.cat([batch for batch, _ in loader]))
             sides.append(loader.resize(images[-1]).shape[-1])
-            names.append(loader.view)
+            names.append(loader.cache_key)
         assert torch.equal(*images) == (names[0] == names[1]) == same
         assert sides == [24, 32]
 
@@ -214,7 +214,7 @@ def test_bad_input_is_one_line(tiny: Config, teacher: Path, tmp_path: Path, monk
     wrong = {
         ("teacher", str(tmp_path / "none.pth")): "is not there",
         ("teacher", str(tmp_path / "text")): "cannot be used",
-        ("teacher", str(tmp_path / "ten.pth")): "holds no weights of this model",
+        ("teacher", str(tmp_path / "ten.pth")): "holds no weights of its model",
         ("weights", str(tmp_path / "none.pth")): "cannot be used",
         ("weights", str(tmp_path / "text")): "cannot be used",
         ("weights", str(tmp_path / "short.pth")): "there are 1 tensors",

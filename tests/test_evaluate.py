@@ -72,10 +72,15 @@ def test_shipped_weights_are_small_and_plain(path: Path) -> None:
     assert content["config"]["dataset"] == "cifar100"
 
 
-def test_scores_do_not_depend_on_the_batch_and_change_nothing(model: nn.Module) -> None:
+def test_scores_do_not_depend_on_the_batch_and_change_nothing(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = synthetic(3, seed=0)
     before = copy.deepcopy(model.state_dict())
-    scores = [evaluate.evaluate(model, images, batch) for batch in (7, 100, 300)]
+    scores = []
+    for batch_size in (7, 100, 300):
+        monkeypatch.setattr(evaluate, "BATCH_SIZE", batch_size)
+        scores.append(evaluate.evaluate(model, images))
     assert all(score == pytest.approx(scores[0], abs=1e-4) for score in scores)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -115,7 +120,7 @@ def test_the_program_prints_the_three_lines_last(model: nn.Module, tmp_path: Pat
     assert lines[-3] == "flops = 11776320"
     assert lines[-2] == "Model parameter size = 3814.391 kB"
     assert re.fullmatch(r"Accuracy = \d+\.\d\d %", lines[-1])
-    assert evaluate.main(["--checkpoint", str(path), "--json", "--batch_size", "64"]) == 0
+    assert evaluate.main(["--checkpoint", str(path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert f"Accuracy = {result['accuracy']:.2f} %" == lines[-1]
 
@@ -132,10 +137,10 @@ def test_another_models_weights_are_refused(model: nn.Module, tmp_path: Path, ca
         path = write_checkpoint(tmp_path / "other.pth", model, **content)
         assert evaluate.main(["--checkpoint", str(path)]) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"evaluate.py: error: {path} holds no weights of this model")
+        assert line.startswith(f"evaluate.py: error: {path} holds no weights of its model")
 
 
-@pytest.mark.parametrize("flags", [["--batch_size", "0"], ["--device", "tpu"], ["--data_dir", ""], ["--no_such_flag"]])
+@pytest.mark.parametrize("flags", [["--device", "tpu"], ["--data_dir", ""], ["--no_such_flag"]])
 def test_a_wrong_command_line_is_one_line_and_code_2(flags: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         evaluate.main(flags)

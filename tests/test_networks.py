@@ -84,6 +84,19 @@ def test_weights_are_matched_by_name_or_by_order(model: nn.Module, tmp_path: Pat
     assert models.load_weights(models.MobileNetV3(), found)[0] == len(weights) - 2
 
 
+def test_weights_of_another_model_are_refused(model: nn.Module) -> None:
+    weights = model.state_dict()
+    headless = {name: value for name, value in weights.items() if not name.startswith("classifier")}
+    assert models.load_weights(models.MobileNetV3(), headless) == (len(headless), len(weights))
+    for found, reason in (
+        ({"classifier.bias": torch.zeros(100)}, r"stem\.0\.weight is missing"),
+        (weights | {"stem.0.weight": torch.zeros(8, 3, 3, 3)}, r"stem\.0\.weight is \(8, 3, 3, 3\)"),
+        ({"any": torch.zeros(1)}, "there are 1 tensors"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            models.load_weights(models.MobileNetV3(), found)
+
+
 def test_a_run_starts_from_weights_and_resumes_without_them(tiny: Config, model: nn.Module, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     config = replace(tiny, epochs=1, weights=str(tmp_path / "weights.pth"))

@@ -18,7 +18,7 @@ import data
 import train
 import utils
 from augment import Loader, build_loader
-from tests.helpers import EVERYTHING, TINY, log_rows
+from tests.helpers import EVERYTHING, TINY, change_settings, log_rows
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -113,20 +113,14 @@ def test_a_killed_process_ends_the_run_and_one_process_goes_on(tmp_path: Path) -
     assert len(ours + stopped) == 1, (output, errors)
     (folder,) = tmp_path.iterdir()
     assert len(log_rows(folder)) == 2
-    content = checkpoint.load(folder / "last.pth")
-    content["config"]["epochs"] = 4  # enough
-    checkpoint.save(folder / "last.pth", content)
-    (folder / "config.json").unlink()
+    change_settings(folder, epochs=4)  # enough
     run(sys.executable, "train.py", "--resume", str(folder))
     assert [row["epoch"] for row in log_rows(folder)] == ["1", "2", "3", "4"]
 
 
 def test_two_processes_go_on_with_a_run_of_one(tmp_path: Path) -> None:
     one = train.train(replace(TINY, **SHORT | EVERYTHING | {"epochs": 1}, runs_dir=str(tmp_path)))
-    content = checkpoint.load(one / "last.pth")
-    content["config"]["epochs"] = 2
-    checkpoint.save(one / "last.pth", content)
-    (one / "config.json").unlink()
+    change_settings(one, epochs=2)
     before = weights(one)
     run(*TORCHRUN, "--resume", str(one))
     assert [row["epoch"] for row in log_rows(one)] == ["1", "2"]
@@ -140,7 +134,7 @@ def test_parts_make_up_the_batches() -> None:
     for (images, labels), *pieces in zip(*map(list, (whole, *parts)), strict=True):  # one epoch after the other
         assert torch.equal(torch.stack([piece[0] for piece in pieces], 1).flatten(0, 1), images)
         assert torch.equal(torch.stack([piece[1] for piece in pieces], 1).flatten(0, 1), labels)
-    assert len({loader.view for loader in (whole, *parts)}) == 5, "kept logits are of one part"
+    assert len({loader.cache_key for loader in (whole, *parts)}) == 5, "kept logits are of one part"
 
 
 def test_processes_need_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:

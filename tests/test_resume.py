@@ -1,5 +1,6 @@
 """Stopping and resuming: bit for bit, and what is refused."""
 
+import json
 import os
 import shlex
 import shutil
@@ -20,7 +21,7 @@ import train
 import utils
 from config import Config
 from model import MobileNetV3
-from tests.helpers import EVERYTHING, FILES, SIGNALS, TINY, end_state, flags, log_rows
+from tests.helpers import EVERYTHING, FILES, SIGNALS, TINY, change_settings, end_state, flags, log_rows
 
 THREE_STEPS = {"epochs": 3, "images_per_class": 4}  # one step an epoch
 
@@ -219,22 +220,20 @@ def test_resuming_after_the_network_was_changed_is_one_line(
         monkeypatch.setattr(train, "build_model", lambda *_, other=other: other)
         assert train.main(["--resume", str(folder)]) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"train.py: error: {folder} cannot go on, its model is another one: ")
+        assert line.startswith(f"train.py: error: {folder} cannot go on, its last.pth does not fit: ")
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_an_older_run_goes_on_and_a_newer_one_is_refused(tiny: Config) -> None:
     """Settings that it lacks are off, old names are read, unknown ones are named."""
     folder = train.train(replace(tiny, epochs=1, images_per_class=4))
-    content = checkpoint.load(folder / "last.pth")
-    settings = content["config"]
+    settings = checkpoint.read_settings(folder)
     settings["small_share"] = settings.pop("small_fraction")
     del settings["cutout"], settings["trivial_augment"]
-    checkpoint.save(folder / "last.pth", content)
+    (folder / "config.json").write_text(json.dumps(settings))
     expected = replace(tiny, epochs=1, images_per_class=4, cutout=0, trivial_augment=0.0)
     assert train.resumed_config(folder, {}) == expected
-    settings["tutor"] = "resnet"
-    checkpoint.save(folder / "last.pth", content)
+    change_settings(folder, tutor="resnet")
     with pytest.raises(utils.UserError, match=r"cannot go on: config.py does not know tutor"):
         train.resumed_config(folder, {})
 
@@ -244,8 +243,8 @@ def test_resuming_a_folder_without_a_run_is_refused(
 ) -> None:
     folder = train.train(replace(tiny, epochs=1, images_per_class=4))
     shutil.copy(folder / "best.pth", folder / "last.pth")
-    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pth is not what"):
-        train.resumed_config(folder, {})
+    with pytest.raises(utils.UserError, match=r"cannot go on, its last\.pth does not fit"):
+        train.train(train.resumed_config(folder, {}), folder)
     (folder / "last.pth").unlink()
     for settings in ("[]", "{", '{"epochs": "many"}'):
         (folder / "config.json").write_text(settings)

@@ -86,7 +86,7 @@ def test_loss_and_accuracy_are_those_before_the_step() -> None:
     meter = train.train_one_epoch(state, loader, build_criterion(config))
     accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
     assert meter.count == len(labels) == 64
-    assert meter.read() == pytest.approx((loss, accuracy), rel=1e-4)
+    assert meter.compute() == pytest.approx((loss, accuracy), rel=1e-4)
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), state.model.parameters(), strict=True))
 
 
@@ -103,7 +103,7 @@ def test_meter_weighs_batches_by_their_size() -> None:
     meter.update(torch.tensor(2.0), logits, torch.tensor([3, 4, 0]))
     mixed = 0.6 * torch.eye(100)[[5]] + 0.4 * torch.eye(100)[[7]]
     meter.update(torch.tensor(6.0), logits[2:], mixed)
-    assert meter.read() == pytest.approx(((3 * 2 + 6) / 4, 75.0))
+    assert meter.compute() == pytest.approx(((3 * 2 + 6) / 4, 75.0))
 
 
 def test_autocast_trains_to_nearly_the_same_loss() -> None:
@@ -113,7 +113,7 @@ def test_autocast_trains_to_nearly_the_same_loss() -> None:
         state, loader = started(replace(ONE_STEP, batch_size=32, small_fraction=0.0))
         assert len(loader) == 3
         state.autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
-        losses.append(train_epochs(state, loader, 1)[0].read()[0])
+        losses.append(train_epochs(state, loader, 1)[0].compute()[0])
         assert all(p.dtype == torch.float32 for p in state.model.parameters())
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
@@ -184,7 +184,7 @@ def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
         loader.set_epoch(epoch)
         meter = train.train_one_epoch(state, loader, criterion)
     assert counts == {}
-    assert meter.read()[0] > 0
+    assert meter.compute()[0] > 0
     assert counts == {"tolist": 1}, "the counter counts"
 
 

@@ -29,7 +29,7 @@ from config import Config, OneLineParser
 from evaluate import evaluate
 from model import MobileNetV3
 from optim import build_criterion
-from utils import UserError, keep_freed_memory, process_group, processes, program, provenance, rank
+from utils import UserError, keep_freed_memory, process_group, program, provenance, rank, world_size
 
 ROUNDS = 3  # of each contender, in turn
 CPU = torch.device("cpu")
@@ -161,7 +161,7 @@ def grading() -> dict[str, float]:
 def growth(images_per_class: int, epochs: int) -> dict[str, float]:
     """One short training of the program's own loop, also by several processes: images, seconds and peak memory."""
     config = replace(LIKE, images_per_class=images_per_class + LIKE.validation_per_class, epochs=epochs)
-    loader, state = build_loader(config, CPU, rank(), processes())[0], train.TrainState(config, CPU)
+    loader, state = build_loader(config, CPU, rank(), world_size())[0], train.TrainState(config, CPU)
     start = time.perf_counter()
     for epoch in range(epochs):
         loader.set_epoch(epoch)
