@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torchvision.transforms import v2
 
 from data import CLASSES, SIDE, Images, load_training, normalise
 from utils import UserError
@@ -136,8 +135,14 @@ def autocontrast(images: Tensor, level: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor, level: Tensor) -> Tensor:
-    """Spread each channel's values evenly over 0..255."""
-    return v2.functional.equalize(images.round().to(torch.uint8))
+    """Spread each channel's values evenly over 0..255, with PIL's whole steps."""
+    values = images.flatten(2).round().long()
+    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
+    counts.scatter_add_(2, values, torch.ones_like(values))
+    step = ((values.shape[2] - counts.gather(2, values.amax(2, keepdim=True))) / 255).floor()
+    below = counts.cumsum(2) - counts
+    table = ((below + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(max=255)
+    return torch.where(step > 0, table.gather(2, values), values).view(images.shape)
 
 
 # By name. Each takes float images (N, 3, H, W) of 0..255 and its strength, level (N, 1, 1, 1) from -1 to 1.
@@ -173,6 +178,8 @@ class Loader:
         self.batch_size = min(config.batch_size, len(train.labels))
         self.mixers = []
         if config.mixup or config.cutmix:
+            from torchvision.transforms import v2  # here, as its import takes a second and loads torch._dynamo
+
             self.mixers += [v2.MixUp(alpha=config.mixup, num_classes=CLASSES)] if config.mixup else []
             self.mixers += [v2.CutMix(alpha=config.cutmix, num_classes=CLASSES)] if config.cutmix else []
 
