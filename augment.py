@@ -236,15 +236,15 @@ class Loader:
         return images, labels
 
 
-def build_loader(config: Any, device: torch.device, rank: int = 0, processes: int = 1) -> tuple[Loader, Images]:
+def build_loader(config: Any, device: torch.device, rank: int = 0, world_size: int = 1) -> tuple[Loader, Images]:
     """Returns the loader of a run's training images, and its validation images, on the device. Raises UserError.
 
-    Each of several processes makes the same whole batches and takes the images rank, rank + processes, ... of each.
+    Each of several processes makes the same whole batches and takes the images rank, rank + world_size, ... of each.
     """
     train, validation = load_training(
         config.dataset, config.data_dir, config.validation_per_class, config.images_per_class
     )
-    loader = Loader(train.to(device), config, slice(rank, None, processes))
-    if loader.batch_size % processes:
-        raise UserError(f"{processes} processes cannot share batches of {loader.batch_size} images evenly. Change one")
+    loader = Loader(train.to(device), config, slice(rank, None, world_size))
+    if loader.batch_size % world_size:
+        raise UserError(f"{world_size} processes cannot share batches of {loader.batch_size} images evenly. Change one")
     return loader, validation.to(device)

@@ -50,6 +50,7 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError("it was not written by this version of the program")
+        content.pop("digest", None)  # of older files
     except Exception as error:  # a damaged file raises nearly anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to open it all the same
@@ -98,23 +99,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def new_run(runs_dir: str, name: str, settings: dict[str, Any]) -> Path:
-    """Make the folder runs_dir/<time>-<name>, with the settings in config.json."""
+def new_run(runs_dir: str, name: str) -> Path:
+    """Make the folder runs_dir/<time>-<name>."""
     folder = Path(runs_dir, f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
             folder.mkdir()
-            break
+            return folder
         except FileExistsError:  # another run of the same second
             folder = folder.with_name(folder.name + "+")
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write a run's config.json, from which `--resume` takes its settings."""
     text = json.dumps(settings, indent=1)
     atomic_write(folder / "config.json", lambda file: file.write(text.encode()))
-    return folder
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings that a run wrote when it began. Raises CheckpointError where the folder holds no run."""
+    """The settings of a run. Raises CheckpointError where the folder holds none."""
     try:
         settings = json.loads((folder / "config.json").read_text())
         if not isinstance(settings, dict):

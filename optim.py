@@ -72,14 +72,14 @@ class EMA:
 def build_criterion(config: Any, teacher: Callable[[Tensor], Tensor] | None = None) -> Criterion:
     """Cross-entropy with label smoothing (Szegedy et al., 2016). With a teacher, from images to its logits: the
     distillation loss plus `label_weight` times the cross-entropy."""
+    cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     distill = DISTILLATION[config.distill_loss]
 
     def criterion(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        cross_entropy = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         if teacher is None:
-            return cross_entropy
-        distillation = distill(logits.float(), teacher(images), config.distill_temperature)
-        return distillation + config.label_weight * cross_entropy
+            return cross_entropy(logits, labels)
+        loss = distill(logits.float(), teacher(images), config.distill_temperature)
+        return loss + config.label_weight * cross_entropy(logits, labels) if config.label_weight else loss
 
     return criterion
 

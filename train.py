@@ -69,9 +69,9 @@ class TrainState:
             for name, part in self.parts().items():
                 if content["state"][name]:  # a scaler that is off has none
                     part.load_state_dict(content["state"][name])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.history = content["history"]
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{folder} cannot go on, its last.pth does not fit: {utils.one_line(error)}") from error
-        self.history = content["history"]
 
 
 def new_model(config: Config, resumed: bool) -> torch.nn.Module:
@@ -146,8 +146,7 @@ def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Lab
             row |= {"validation_loss": scores.loss, "validation_accuracy": scores.top1}
         state.history.append(row | {"images_per_second": speed, "seconds": time.perf_counter() - start})
         parts = {name: part.state_dict() for name, part in state.parts().items()}
-        weights = state.eval_model.state_dict()
-        best = checkpoint.save_epoch(folder, asdict(config), state.history, parts, weights)
+        best = checkpoint.save_epoch(folder, asdict(config), state.history, parts, state.eval_model.state_dict())
         if best and config.updates_best:
             checkpoint.copy(folder / "best.pth", checkpoint.BEST)
         if best and config.validation_per_class:
@@ -174,12 +173,13 @@ def train(config: Config, folder: Path | None = None) -> Path:
         state = TrainState(config, device, folder)
         if folder is None:
             name = config.experiment if config.dataset == "cifar100" else f"{config.experiment}-{config.dataset}"
-            folder = utils.from_first(lambda: checkpoint.new_run(config.runs_dir, name, asdict(config)))
+            folder = utils.from_first(lambda: checkpoint.new_run(config.runs_dir, name))
         with utils.locked(folder) if utils.rank() == 0 else nullcontext():
             if (folder / "last.pth").exists():
                 state.load(checkpoint.load(folder / "last.pth"), folder)
             if utils.rank() == 0:
                 utils.remove_partial(folder)
+                checkpoint.write_settings(folder, asdict(config))
                 if state.teacher is not None and not (folder / "teacher.pth").exists():
                     checkpoint.copy(Path(config.teacher), folder / "teacher.pth")
             announce(state, len(loader.labels), folder)

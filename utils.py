@@ -7,6 +7,7 @@ import io
 import os
 import platform
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
     Raises UserError where the disk is full, or the folder read-only or gone; an older file then stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
         with open(temporary, "wb") as file:
             write(file)

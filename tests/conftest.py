@@ -25,6 +25,7 @@ GRADE = pytest.StashKey[list[str]]()
 def pytest_configure() -> None:
     """As the programs do, too."""
     utils.keep_freed_memory()
+    torch.set_flush_denormal(True)
 
 
 @pytest.fixture

@@ -88,6 +88,8 @@ def test_weights_of_another_model_are_refused(model: nn.Module) -> None:
     weights = model.state_dict()
     headless = {name: value for name, value in weights.items() if not name.startswith("classifier")}
     assert models.load_weights(models.MobileNetV3(), headless) == (len(headless), len(weights))
+    counted = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    assert models.load_weights(models.MobileNetV3(), counted) == (len(counted), len(weights))
     for found, reason in (
         ({"classifier.bias": torch.zeros(100)}, r"stem\.0\.weight is missing"),
         (weights | {"stem.0.weight": torch.zeros(8, 3, 3, 3)}, r"stem\.0\.weight is \(8, 3, 3, 3\)"),

@@ -206,6 +206,8 @@ def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
         train.resumed_config(folder, {"epochs": 5, "lr": 0.1})
     how = {"device": "auto", "threads": 2, "data_dir": "elsewhere", "compile": True, "tensorboard": True}
     assert train.resumed_config(folder, how) == replace(config, **how)
+    train.train(train.resumed_config(folder, {"threads": 2}), folder)
+    assert train.resumed_config(folder, {}) == replace(config, threads=2), "the next resume has it too"
 
 
 def test_resuming_after_the_network_was_changed_is_one_line(

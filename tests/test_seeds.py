@@ -15,16 +15,8 @@ from config import Config
 from tools import seeds
 
 SETTINGS = {"epochs": 1, "dataset": "synthetic", "images_per_class": 8, "validation_per_class": 3, "threads": 1}
+pytestmark = pytest.mark.usefixtures("handlers")
 FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers():
-    """The program sets them for its whole process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_seeds_give_mean_and_standard_deviation(tiny: Config, capsys: pytest.CaptureFixture) -> None:

@@ -19,7 +19,9 @@ from tests import soak
 
 def new_run(config: Config) -> Path:
     """The folder of a run that has not begun to train."""
-    return checkpoint.new_run(config.runs_dir, "new", asdict(config))
+    folder = checkpoint.new_run(config.runs_dir, "new")
+    checkpoint.write_settings(folder, asdict(config))
+    return folder
 
 
 def test_resume_is_bit_exact_after_kills() -> None:
