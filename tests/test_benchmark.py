@@ -1,13 +1,12 @@
 """The benchmark's parts, as far as they take seconds: what is timed, and where the start's measurement ends."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import TINY, made_up_latency
-from tools import benchmark, latency
+from tests.helpers import TINY
+from tools import benchmark
 from utils import UserError
 
 
@@ -58,13 +57,3 @@ def test_start_is_measured_up_to_the_first_step(tmp_path: Path) -> None:
 def test_a_command_that_fails_is_one_line() -> None:
     with pytest.raises(UserError, match=r"^-c 1 / 0 failed\. ZeroDivisionError: division by zero$"):
         benchmark.succeed("-c", "\n1 / 0")
-
-
-def test_latency_is_printed_as_json_on_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(latency, "run", lambda source: made_up_latency("00") | {"checkpoint": str(source)})
-    assert benchmark.main(["--checkpoint", "my.pth", "--json"]) == 0
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert json.loads(last) == made_up_latency("00") | {"checkpoint": "my.pth"}
-    assert "machine                      a box, 8 threads" in lines
-    assert benchmark.main(["--latency"]) == 0
-    assert "checkpoint                   None" in capsys.readouterr().out.splitlines()

@@ -18,7 +18,7 @@ import checkpoint
 import evaluate
 from data import SIDE, synthetic
 from model import BLOCKS, CLASSES, HEAD, STEM, MobileNetV3
-from tests.helpers import SCRATCH, TINY
+from tests.helpers import SCRATCH, TINY, made_up_latency
 from tools import export, latency, quantize
 from tools.benchmark import PARTS
 from utils import UserError
@@ -179,3 +179,11 @@ def test_the_timed_step_is_one_batch() -> None:
     assert images.shape == (128, 3, SIDE, SIDE) and len(labels) == latency.STEP.batch_size == 128
     torch.manual_seed(0)
     assert latency.training_step()().count == 128
+
+
+def test_the_program_prints_json_on_the_last_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(latency, "run", lambda source: made_up_latency("00") | {"checkpoint": str(source)})
+    for words, source in (([], checkpoint.PUBLISHED), (["my.pth"], "my.pth")):
+        assert latency.main([*words, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found == made_up_latency("00") | {"checkpoint": str(source)}

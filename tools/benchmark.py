@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -227,8 +226,6 @@ def run() -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.benchmark", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument("--latency", action="store_true", help="time a checkpoint and its ONNX files instead")
-    parser.add_argument("--checkpoint", type=Path, help="for --latency, which it implies [checkpoints/published.pth]")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.part:
@@ -237,12 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         with process_group("cpu"):
             print(json.dumps(PARTS[arguments.part]()))
         return 0
-    if arguments.latency or arguments.checkpoint:
-        from tools import latency  # here, as it would add 36 MiB to the peak memory of each part
-
-        result = latency.run(arguments.checkpoint)
-    else:
-        result = run()
+    result = run()
     for name, value in result.items():
         if not isinstance(value, dict | list):  # which have been printed
             print(f"{name:28} {round(value, 2) if isinstance(value, float) else value}")

@@ -53,7 +53,7 @@ def int8_table(result: dict[str, Any]) -> str:
 
 
 def read_latency() -> dict[str, Any] | None:
-    """What `python -m tools.benchmark --latency` measured last, where that is kept. Raises UserError."""
+    """What `python -m tools.latency` measured last, where that is kept. Raises UserError."""
     return read_json(LATENCY) if LATENCY.exists() else None
 
 

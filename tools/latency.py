@@ -1,9 +1,10 @@
-"""Time a checkpoint in torch and as ONNX files, and a training step against its floor, for tools/benchmark.py."""
+"""Time a checkpoint in torch and as ONNX files, and a training step against its floor: python -m tools.latency."""
 
 import hashlib
 import json
 import logging
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -23,14 +24,14 @@ import checkpoint
 import evaluate
 import train
 from augment import build_loader
-from config import Config, preset
+from config import Config, OneLineParser, preset
 from data import SIDE
 from model import MobileNetV3
 from optim import build_criterion
 from tools import costs, quantize
 from tools.benchmark import LIKE, succeed
 from tools.export import Deployed, check_images, export
-from utils import UserError, keep_freed_memory, provenance
+from utils import UserError, keep_freed_memory, program, provenance
 
 ROUNDS, SECONDS = 3, 1.5  # of each contender, in turn; of each figure in a round
 BATCH = 64  # images, where the figure is images/s
@@ -180,17 +181,15 @@ def medians(rounds: list[Figures]) -> Figures:
 
 
 def run(
-    source: Path | None = None, rounds: int = ROUNDS, seconds: float = SECONDS, data_dir: str = Config.data_dir
+    source: Path = checkpoint.PUBLISHED, rounds: int = ROUNDS, seconds: float = SECONDS, data_dir: str = Config.data_dir
 ) -> dict[str, Any]:
     """All measurements of a checkpoint, as docs/results/latency.json holds them; what is found is printed.
 
-    `source` is the checkpoint (None: the published one), `seconds` the time for each figure in a round. Raises
-    UserError.
+    `seconds` is the time for each figure in a round. Raises UserError.
     """
     quantize.need_onnx()
     import onnxruntime  # optional
 
-    source = source or checkpoint.PUBLISHED
     content = checkpoint.load(source)
     images = quantize.spread_out(check_images(content["config"]["dataset"], data_dir)[0], BATCH)
     classes = evaluate.logits(evaluate.load_model(content, source), images.permute(0, 3, 1, 2)).argmax(1)
@@ -227,3 +226,19 @@ def run(
     }
     print(costs.latency_table(result), costs.floor_table(result), sep="\n\n")
     return result
+
+
+@program("tools.latency")
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineParser(prog="python -m tools.latency", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=checkpoint.PUBLISHED, help="[%(default)s]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    arguments = parser.parse_args(argv)
+    result = run(arguments.checkpoint)
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
