@@ -1,5 +1,6 @@
 """Shared fixtures, and the grade in pytest's terminal summary."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -42,6 +43,13 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def logging_again() -> Iterator[None]:
+    """The program holds back log lines for its whole process."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -126,3 +126,15 @@ def made_up_latency(checkpoint_sha256: str) -> dict[str, Any]:
         },
         "processes": {"one": 2_000.0, "several": 2_100.0, "count": 4},
     }  # fmt: skip
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three synthetic images, in the layout of the files and in the model's."""
+    planes = synthetic(1, seed=5)[0][[3, 50, 99]]
+    return planes.permute(0, 2, 3, 1).contiguous(), planes
+
+
+def tempered(planes: torch.Tensor, model: nn.Module, temperature: float) -> torch.Tensor:
+    """Probabilities (N, 100) of the model for uint8 (N, 3, 32, 32), by hand."""
+    with torch.inference_mode():
+        return (model(data.normalise(planes)) / temperature).softmax(1)
