@@ -178,13 +178,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def setup_torch(device: str, threads: int, deterministic: bool) -> torch.device:
-    """Set the number of CPU threads (0: torch's choice) and whether to ask for deterministic kernels.
-
-    Returns the device.
+    """Set the number of CPU threads (0: torch's choice) and ask for deterministic kernels or not. Returns the device.
 
     Call it before any work of torch's: its threads take over what holds when they start.
     """
-    torch.set_flush_denormal(True)  # or a CPU takes 1.5 times as long a step once gradients are nearly 0
+    torch.set_flush_denormal(True)  # else gradients near 0 slow a CPU down (docs/performance.md)
     if threads:
         torch.set_num_threads(threads)
     if deterministic:

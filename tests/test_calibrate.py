@@ -14,8 +14,8 @@ import evaluate
 from config import Config
 from data import synthetic
 from tools import calibrate
+from tools.analysis import calibration
 from tools.predict import open_checkpoint, probabilities
-from tools.report import calibration
 from utils import UserError
 
 

@@ -14,6 +14,7 @@ import evaluate
 from data import synthetic
 from tests.helpers import made_up_latency, write_checkpoint
 from tools import calibrate, costs, labels, report
+from tools.analysis import analyse, calibration, stages, wilson
 
 
 @pytest.fixture(autouse=True)
@@ -26,24 +27,24 @@ def training(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wilson_interval_equals_hand_computed_values() -> None:
     # z = 2: centre (8 + 2) / 14, half width 2 / 14 * sqrt(8 * 2 / 10 + 1); without any correct one 0 to z^2 / (n + z^2)
     half = 200 / 14 * 2.6**0.5
-    assert report.wilson(8, 10, z=2) == pytest.approx((1000 / 14 - half, 1000 / 14 + half))
-    assert report.wilson(0, 12, z=2) == pytest.approx((0, 25))
-    assert report.wilson(50, 100) == pytest.approx((40.383, 59.617), abs=1e-3)  # Wilson's usual example
+    assert wilson(8, 10, z=2) == pytest.approx((1000 / 14 - half, 1000 / 14 + half))
+    assert wilson(0, 12, z=2) == pytest.approx((0, 25))
+    assert wilson(50, 100) == pytest.approx((40.383, 59.617), abs=1e-3)  # Wilson's usual example
 
 
 def test_calibration_error_equals_hand_computed_values() -> None:
     confidence = torch.tensor([0.9, 0.9, 0.5, 0.05, 1.0], dtype=torch.float64)
     correct = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
-    error, sums = report.calibration(confidence, correct)
+    error, sums = calibration(confidence, correct)
     assert error == pytest.approx((abs(1 - 1.8) + abs(1 - 0.5) + 0.05 + 0) / 5)
     assert sums.shape == (3, 15)
     assert sums[0].nonzero().flatten().tolist() == [0, 7, 13, 14]
-    error, sums = report.calibration(torch.tensor([0.5, 0.51]).double(), torch.ones(2).double(), bins=2)
+    error, sums = calibration(torch.tensor([0.5, 0.51]).double(), torch.ones(2).double(), bins=2)
     assert sums[0].tolist() == [1, 1]  # an upper edge belongs to its bin
 
 
 def test_stages_add_up_to_the_model(model: nn.Module) -> None:
-    rows = report.stages(model)
+    rows = stages(model)
     assert [row[0] for row in rows] == ["stem", *(f"block {i}" for i in range(1, 9)), "head", "classifier"]
     assert [row[1] for row in (rows[0], rows[8], rows[9], rows[10])] == ["16x32x32", "160x2x2", "960x2x2", "100"]
     tensors = [*model.parameters(), *model.buffers()]
@@ -85,7 +86,7 @@ def test_known_predictions_are_counted_right(monkeypatch: pytest.MonkeyPatch, mo
     predicted[:2], predicted[-1] = 1, 0
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
     monkeypatch.setattr(evaluate, "logits", lambda model, images: 9.0 * nn.functional.one_hot(predicted, 100))
-    results = report.compute(write_checkpoint(tmp_path / "any.pth", model))
+    results = analyse(write_checkpoint(tmp_path / "any.pth", model))
     assert (results.images, results.top1) == (200, 197)
     assert ("pattern 9 over 9", "pattern 0 over 0") in {(m.true, m.predicted) for m in results.mistakes}
     supers, classes = {name: rest for name, *rest in results.superclasses}, dict(results.classes)
@@ -114,7 +115,7 @@ def test_latency_is_shown_for_the_checkpoint_that_it_was_measured_on(
     path = write_checkpoint(tmp_path / "any.pth", model, test={"accuracy": 1.0})
 
     def page() -> str:
-        return report.render(report.compute(path))
+        return report.render(analyse(path))
 
     assert "Latency" not in page()
     costs.LATENCY.write_text(json.dumps(made_up_latency(hashlib.sha256(path.read_bytes()).hexdigest())))
@@ -135,12 +136,12 @@ def test_page_shows_the_calibration_before_and_after(monkeypatch, model: nn.Modu
     """A temperature that is fitted on validation images, one that the checkpoint stores, or none, and why."""
     test, validation = synthetic(3, seed=9), synthetic(2, seed=0)
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
-    fitted = report.compute(write_checkpoint(tmp_path / "any.pth", model))
+    fitted = analyse(write_checkpoint(tmp_path / "any.pth", model))
     assert fitted.temperature == calibrate.fit(evaluate.logits(model, validation.images), validation.labels)
     assert fitted.scaled.loss < fitted.plain.loss and fitted.scaled.error < fitted.plain.error
     logits = evaluate.logits(model, test.images).double() / fitted.temperature
     confidence, predicted = logits.softmax(1).max(1)
-    error, bins = report.calibration(confidence, (predicted == test.labels).double())
+    error, bins = calibration(confidence, (predicted == test.labels).double())
     assert fitted.scaled.error == error and torch.equal(fitted.scaled.bins, bins)
     assert 100 * fitted.top5 / fitted.images == pytest.approx(evaluate.evaluate(model, test).top5)
     confidences = [mistake.probability for mistake in fitted.mistakes]
@@ -153,11 +154,11 @@ def test_page_shows_the_calibration_before_and_after(monkeypatch, model: nn.Modu
     assert rows(page)["loss, with temperature"] == f"{fitted.scaled.loss:.4f}"
 
     monkeypatch.setattr(data, "load_training", lambda *arguments: pytest.fail("training images were read"))
-    stored = report.compute(write_checkpoint(tmp_path / "any.pth", model, temperature=3.0))
+    stored = analyse(write_checkpoint(tmp_path / "any.pth", model, temperature=3.0))
     assert stored.temperature == 3.0 and "The temperature 3.0000, stored in the checkpoint," in report.render(stored)
     assert (stored.top1, stored.top5, stored.plain[2]) == (fitted.top1, fitted.top5, fitted.plain[2])
     config = {"dataset": "synthetic", "experiment": "any", "validation_per_class": 0}
-    none = report.compute(write_checkpoint(tmp_path / "any.pth", model, config=config))
+    none = analyse(write_checkpoint(tmp_path / "any.pth", model, config=config))
     page = report.render(none)
     assert none.temperature is None and none.scaled is None and "with temperature" not in page
     assert "There is no temperature: the checkpoint stores none, and its run kept no validation images" in page
@@ -186,5 +187,5 @@ def test_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatch: pyte
 
 def test_another_network_is_one_stage() -> None:
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.Flatten(), torch.nn.Linear(4096, 100))
-    (row,) = report.stages(network)
+    (row,) = stages(network)
     assert (row.name, row.output, row.parameters) == ("network", "100", 12 + 409_700)
