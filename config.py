@@ -175,6 +175,12 @@ def changes(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name, value in start.items() if getattr(config, name) != value}
 
 
+def describe(config: Config) -> str:
+    """What is trained: the preset and the settings that differ from it, but for those of the machine."""
+    changed = {name: value for name, value in changes(config).items() if name not in MACHINE | {"runs_dir"}}
+    return ", ".join([config.experiment, *(f"{name}={value}" for name, value in changed.items())])
+
+
 def restore(stored: dict[str, Any]) -> Config:
     """The settings that a run wrote. One that an older run lacks has its base value, "off". Raises ValueError."""
     stored = {OLD_NAMES.get(name, name): value for name, value in stored.items()}

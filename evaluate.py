@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import checkpoint
-from config import Config, OneLineParser, restore
+from config import Config, OneLineParser, describe, restore
 from data import SIDE, load_test, normalise
 from model import build_model
 from utils import choose_device, keep_freed_memory, program, world_size
@@ -136,7 +136,7 @@ def grade(path: Path, device: str = Config.device, data_dir: str = Config.data_d
     scores = evaluate(model, test)
     return {
         "checkpoint": str(path),
-        "experiment": content["config"]["experiment"],
+        "settings": describe(restore(content["config"])),
         "date": content["date"],
         "epoch": content["epoch"],
         "dataset": dataset,
@@ -153,7 +153,8 @@ def grade(path: Path, device: str = Config.device, data_dir: str = Config.data_d
 def format_grade(result: dict[str, Any]) -> str:
     """What was graded, and its scores. The last three lines are the figures that the report claims too."""
     return (
-        "Graded {checkpoint} (experiment {experiment}, epoch {epoch}, {date}) on {images} {dataset} test images\n"
+        "Graded {checkpoint} on {images} {dataset} test images\n"
+        "Trained as {settings}; epoch {epoch}, {date}\n"
         "Top-5 accuracy = {top5:.2f} %, loss = {loss:.4f}, {seconds:.1f} s\n"
         "flops = {flops}\n"
         "Model parameter size = {size_kb:.3f} kB\n"

@@ -19,7 +19,7 @@ import checkpoint
 import utils
 from augment import Loader, build_loader
 from checkpoint import History
-from config import Config, changes, parse_command_line, resume
+from config import Config, describe, parse_command_line, resume
 from evaluate import Labelled, Meter, evaluate, load_model
 from model import build_model, load_weights
 from optim import EMA, Criterion, Teacher, build_criterion, build_optimizer, build_scheduler
@@ -205,8 +205,7 @@ def train(config: Config, folder: Path | None = None) -> Path:
 def announce(state: TrainState, images: int, folder: Path) -> None:
     """Print what is trained, with which changed settings, and where."""
     config = state.config
-    changed = ", ".join(f"{name}={value}" for name, value in changes(config).items())
-    print(f"Training {config.experiment} ({changed or 'nothing changed'}) on {images} {config.dataset} images")
+    print(f"Training {describe(config)} on {images} {config.dataset} images")
     machine = utils.provenance(config.device)["machine"]  # read now, and with it the commit that trains
     print(f"{config.epochs - len(state.history)} epochs to go on {machine}\nRun folder: {folder}", flush=True)
 

@@ -17,6 +17,7 @@ from config import (
     Config,
     base_recipe,
     changes,
+    describe,
     describe_presets,
     parse_command_line,
     preset,
@@ -71,6 +72,7 @@ def test_a_preset_fixes_the_whole_recipe(name: str) -> None:
     assert {key: asdict(config)[key] for key in RECIPE} == preset(name)
     assert changes(config) == {}
     assert changes(replace(config, epochs=7)) == {"epochs": 7}
+    assert describe(replace(config, epochs=7, threads=3, data_dir="elsewhere")) == f"{name}, epochs=7"
 
 
 def other_default(field: str, value: Any) -> Any:

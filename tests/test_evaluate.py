@@ -116,7 +116,8 @@ def test_the_program_prints_the_three_lines_last(model: nn.Module, tmp_path: Pat
     path = write_checkpoint(tmp_path / "any.pth", model)
     assert evaluate.main(["--checkpoint", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert str(path) in lines[0] and "synthetic" in lines[0] and "2026-01-01" in lines[0]
+    assert lines[0] == f"Graded {path} on 2000 synthetic test images"
+    assert lines[1].startswith("Trained as default, ") and "; epoch 1, 2026-01-01" in lines[1]
     assert lines[-3] == "flops = 11776320"
     assert lines[-2] == "Model parameter size = 3814.391 kB"
     assert re.fullmatch(r"Accuracy = \d+\.\d\d %", lines[-1])

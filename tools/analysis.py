@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import evaluate
-from config import Config, restore
+from config import Config, describe, restore
 from model import MobileNetV3
 from tools import calibrate
 from tools.costs import latency_section
@@ -114,7 +114,8 @@ def stages(model: nn.Module) -> list[Stage]:
 def analyse(path: Path, data_dir: str = Config.data_dir) -> Results:
     """Grade a checkpoint on its data set's test images. Raises UserError."""
     content = checkpoint.load(path)
-    model, dataset = evaluate.load_model(content, path), content["config"]["dataset"]
+    model, config = evaluate.load_model(content, path), restore(content["config"])
+    dataset = config.dataset
     images, labels = data.load_test(dataset, data_dir)
     logits = evaluate.logits(model, images).double()
     top = logits.softmax(1).topk(5)
@@ -135,9 +136,9 @@ def analyse(path: Path, data_dir: str = Config.data_dir) -> Results:
     wrong = [i for i in confidence.argsort(descending=True).tolist() if not correct[i]]
     operations, size_kb = evaluate.count_cost(model)
     return Results(
-        source=f"Checkpoint {path}, experiment {content['config']['experiment']}, epoch {content['epoch']}, "
+        source=f"Checkpoint {path}, trained as {describe(config)}; epoch {content['epoch']}, "
         f"written {content['date']}, graded on {len(labels)} {dataset} test images",
-        model=restore(content["config"]).model,
+        model=config.model,
         dataset=dataset,
         images=len(labels),
         top1=int(correct.sum()),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import data
 import evaluate
 from checkpoint import PUBLISHED, CheckpointError, draw_curves, load, save, write_log
-from config import Config, OneLineParser, changes, restore
+from config import Config, OneLineParser, describe, restore
 from tools import calibrate
 from utils import UserError, atomic_write, choose_device, keep_freed_memory, one_line, program
 
@@ -71,12 +71,6 @@ def halve(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def recipe(config: Config) -> dict[str, Any]:
     """The settings that say what is trained, without those that say where."""
     return {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["recipe"]}
-
-
-def title(config: Config) -> str:
-    """The experiment, and the settings of its recipe that were changed."""
-    changed = {name: value for name, value in changes(config).items() if name in {*recipe(config), "seed"}}
-    return ", ".join([config.experiment, *(f"{name}={value}" for name, value in changed.items())])
 
 
 def read_record(path: Path, config: Config, again: bool) -> Record:
@@ -146,7 +140,7 @@ def publish(
     test = {key: grade[key] for key in ("accuracy", "top5", "loss", "images")}
     record = {
         "name": name,
-        "title": before.get("title") or title(config),
+        "title": before.get("title") or describe(config),
         "config": recipe(config),
         "seed": config.seed,
         "commit": commit or best.get("commit"),
