@@ -84,10 +84,11 @@ def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Te
     return torch.cat([*changed, images[count:]])
 
 
-def affine(images: Tensor, level: Tensor, matrix: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
-    """Warp by the identity plus level (N, 1, 1, 1) times a 2 x 3 matrix, in affine_grid's coordinates (-1 to 1)."""
-    move = torch.stack([torch.stack([value * level.flatten() for value in row], 1) for row in matrix], 1)
-    return sample(images, torch.eye(2, 3, device=images.device) + move)
+def affine(images: Tensor, amount: Tensor, row: int, column: int) -> Tensor:
+    """Warp by the 2 x 3 identity with amount (N, 1, 1, 1) added at one place; its unit is half an image's side."""
+    matrices = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
+    matrices[:, row, column] += amount.flatten()
+    return sample(images, matrices)
 
 
 def sample(images: Tensor, matrices: Tensor) -> Tensor:
@@ -148,10 +149,10 @@ def equalize(images: Tensor, level: Tensor) -> Tensor:
 # By name. Each takes float images (N, 3, H, W) of 0..255 and its strength, level (N, 1, 1, 1) from -1 to 1.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda images, level: images,
-    "shear_x": lambda images, level: affine(images, level, ((0, 0.3, 0), (0, 0, 0))),
-    "shear_y": lambda images, level: affine(images, level, ((0, 0, 0), (0.3, 0, 0))),
-    "translate_x": lambda images, level: affine(images, level, ((0, 0, 0.6), (0, 0, 0))),  # up to 10 pixels of 32
-    "translate_y": lambda images, level: affine(images, level, ((0, 0, 0), (0, 0, 0.6))),
+    "shear_x": lambda images, level: affine(images, 0.3 * level, 0, 1),
+    "shear_y": lambda images, level: affine(images, 0.3 * level, 1, 0),
+    "translate_x": lambda images, level: affine(images, 0.6 * level, 0, 2),  # up to 10 pixels of 32
+    "translate_y": lambda images, level: affine(images, 0.6 * level, 1, 2),
     "rotate": rotate,
     "brightness": lambda images, level: images * (1 + 0.9 * level),
     "saturation": lambda images, level: blend(grey(images), images, level),
@@ -168,8 +169,7 @@ class Loader:
     """Augmented batches of the training images, made on their device: iterating over it is one epoch.
 
     Order and augmentation follow from (seed, epoch). All batches have one size: the images that do not fill the last
-    one are left out, others in each epoch. `config` has the settings of config.Config that are read here. `shard`
-    is this process's part of each batch, where several train together.
+    one are left out, others in each epoch. `config` is a config.Config. `shard` is this process's part of a batch.
     """
 
     def __init__(self, train: Images, config: Any, shard: slice = slice(None)) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import pickle
 import zipfile
 from datetime import datetime
@@ -109,23 +108,6 @@ def new_run(runs_dir: str, name: str) -> Path:
             return folder
         except FileExistsError:  # another run of the same second
             folder = folder.with_name(folder.name + "+")
-
-
-def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write a run's config.json, from which `--resume` takes its settings."""
-    text = json.dumps(settings, indent=1)
-    atomic_write(folder / "config.json", lambda file: file.write(text.encode()))
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a run. Raises CheckpointError where the folder holds none."""
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-        if not isinstance(settings, dict):
-            raise ValueError("its config.json holds no settings")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no run that can go on: {error}") from error
-    return settings
 
 
 def save_epoch(

@@ -123,7 +123,8 @@ def check_value(f: Field, value: Any) -> None:
         raise ValueError(f"{f.name} must not be empty")
 
 
-# A preset is the base recipe (each setting's `base`) with these changes. Editing a default changes no preset.
+BASE_RECIPE = {f.name: f.metadata["base"] for f in fields(Config) if f.metadata["recipe"]}  # every technique is off
+# A preset is the base recipe with these changes. Editing a default changes no preset.
 # result1 to result6 are the experiments of the report: AdamW, learning rate 1e-2. Batch size, weight decay (given for
 # result5 only), no augmentation and the position of the dropout are assumed. scratch and taught made the shipped
 # weights without and with a teacher; teacher fine-tunes a network that was trained on ImageNet.
@@ -154,17 +155,11 @@ OLD_NAMES = {"mix_share": "mix_prob", "small_share": "small_fraction"}  # still 
 MACHINE = {"device", "threads", "data_dir", "compile", "tensorboard"}  # a resumed run may change these
 
 
-def base_recipe() -> dict[str, Any]:
-    """What presets start from: every technique is off."""
-    return {f.name: f.metadata["base"] for f in fields(Config) if f.metadata["recipe"]}
-
-
 def preset(name: str) -> dict[str, Any]:
     """The whole recipe of a preset. Raises ValueError where it has a setting that there is not."""
-    base = base_recipe()
-    if unknown := sorted(PRESETS[name].keys() - base.keys()):
+    if unknown := sorted(PRESETS[name].keys() - BASE_RECIPE.keys()):
         raise ValueError(f"preset {name} in config.py has unknown settings: {', '.join(unknown)}")
-    return base | PRESETS[name]
+    return BASE_RECIPE | PRESETS[name]
 
 
 def changes(config: Config) -> dict[str, Any]:
@@ -183,6 +178,8 @@ def describe(config: Config) -> str:
 
 def restore(stored: dict[str, Any]) -> Config:
     """The settings that a run wrote. One that an older run lacks has its base value, "off". Raises ValueError."""
+    if not isinstance(stored, dict):
+        raise ValueError("there are no settings in it")
     stored = {OLD_NAMES.get(name, name): value for name, value in stored.items()}
     if unknown := sorted(stored.keys() - {f.name for f in fields(Config)}):
         names = ", ".join(unknown)
@@ -203,7 +200,7 @@ def resume(stored: dict[str, Any], given: dict[str, Any]) -> Config:
 def describe_presets() -> str:
     """The base recipe, and a line for each preset: what it changes in it."""
     lines = ["presets (figures: docs/results.md):"]
-    for name, recipe in {"the base recipe": base_recipe(), **PRESETS}.items():
+    for name, recipe in {"the base recipe": BASE_RECIPE, **PRESETS}.items():
         text = f"{name}: " + (", ".join(f"{key}={value}" for key, value in recipe.items()) or "the base recipe")
         lines.append(textwrap.fill(text, 120, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(lines)

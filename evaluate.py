@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ from data import SIDE, load_test, normalise
 from model import build_model
 from utils import choose_device, keep_freed_memory, program, world_size
 
-Labelled = tuple[Tensor, Tensor]  # uint8 images (N, 3, 32, 32) and labels (N,), such as data.Images
 BATCH_SIZE = 100  # images a forward pass; the figures do not depend on it
 
 
@@ -58,27 +58,26 @@ class Meter:
         return loss, 100 * accuracy
 
 
-def evaluate(model: nn.Module, labelled: Labelled) -> Scores:
-    """Score a model in eval mode on images that lie on its device, in float32 without TF32."""
-    images, labels = labelled
-    outputs = logits(model, images)
-    loss = F.cross_entropy(outputs, labels)
-    correct = outputs.topk(5).indices == labels[:, None]
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
+    """Score a model on uint8 images (N, 3, 32, 32) and labels (N,) on its device, as `predict_logits` runs it."""
+    logits = predict_logits(model, images)
+    loss = F.cross_entropy(logits, labels)
+    correct = logits.topk(5).indices == labels[:, None]
     accuracies = 100 * torch.stack([correct[:, 0], correct.any(1)]).double().mean(1)
     return Scores(loss.item(), *accuracies.tolist())
 
 
 @torch.inference_mode()
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (N, 100) of a model in eval mode for uint8 (N, 3, 32, 32) on its device, in float32 without TF32."""
+def predict_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (N, 100) for uint8 (N, 3, 32, 32) on the model's device: in eval mode, in float32 without TF32."""
     model = fuse_batchnorm(model)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return torch.cat([model(normalise(batch)) for batch in images.split(BATCH_SIZE)])
 
 
 def fuse_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy of a model in eval mode, each batch normalisation fused into the convolution before it."""
-    model = copy.deepcopy(model)
+    """A copy of the model in eval mode, each batch normalisation fused into the convolution before it."""
+    model = copy.deepcopy(model).eval()
     for layers in model.modules():
         types = [type(layer) for layer in layers][:2] if isinstance(layers, nn.Sequential) else []
         if types == [nn.Conv2d, nn.BatchNorm2d]:  # no subclass: timm's hold an activation
@@ -103,8 +102,9 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
-def load_model(content: dict[str, Any], path: Path) -> nn.Module:
-    """The model with the weights of a checkpoint's content, in eval mode. Raises CheckpointError."""
+def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint in eval mode, and the file's content with all settings. Raises CheckpointError."""
+    content = checkpoint.load(path)
     try:
         config = restore(content["config"])
         model = build_model(config.model, image_size=config.image_size)
@@ -116,7 +116,7 @@ def load_model(content: dict[str, Any], path: Path) -> nn.Module:
             f"{path} holds no weights of its model, or model.py was changed since. Give another checkpoint; of a run, "
             "its best.pth"
         ) from error
-    return model.eval()
+    return model.eval(), content | {"config": asdict(config)}
 
 
 def default_checkpoint() -> Path:
@@ -127,19 +127,19 @@ def default_checkpoint() -> Path:
 def grade(path: Path, device: str = Config.device, data_dir: str = Config.data_dir) -> dict[str, Any]:
     """Operations, size and test scores of a checkpoint, with what it is. Raises UserError."""
     where = choose_device(device)
-    content = checkpoint.load(path)
-    model = load_model(content, path).to(where, memory_format=torch.channels_last)
+    model, content = load_model(path)
+    model.to(where, memory_format=torch.channels_last)
+    config = Config(**content["config"])
     operations, size_kb = count_cost(model)
-    dataset = content["config"]["dataset"]
-    test = load_test(dataset, data_dir).to(where)
+    test = load_test(config.dataset, data_dir).to(where)
     start = time.perf_counter()
-    scores = evaluate(model, test)
+    scores = evaluate(model, *test)
     return {
         "checkpoint": str(path),
-        "settings": describe(restore(content["config"])),
+        "settings": describe(config),
         "date": content["date"],
         "epoch": content["epoch"],
-        "dataset": dataset,
+        "dataset": config.dataset,
         "images": len(test.labels),
         "flops": operations,
         "size_kb": size_kb,

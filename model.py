@@ -28,7 +28,7 @@ BLOCKS = (
     BlockConfig(80, 112, 3, 1, 480, True, nn.Hardswish),  # 112 x 4 x 4
     BlockConfig(112, 160, 5, 2, 672, True, nn.Hardswish),  # 160 x 2 x 2
 )
-STEM, HEAD, CLASSES = 16, 960, 100
+STEM, HEAD, CLASSES = BLOCKS[0].inputs, 960, 100
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -86,7 +86,6 @@ class MobileNetV3(nn.Module):
         self.classifier = nn.Linear(HEAD, CLASSES)  # 100
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised float (N, 3, 32, 32) to logits (N, 100)."""
         return self.classifier(self.pool(self.head(self.blocks(self.stem(x)))).flatten(1))
 
 
@@ -94,29 +93,34 @@ class Enlarge(nn.Upsample):
     """Enlarge images: networks made for ImageNet expect more than 32 pixels. thop would count a plain Upsample."""
 
 
-def build_model(name: str, dropout: float = 0.0, image_size: int = 32, pretrained: bool = False) -> nn.Module:
+def build_model(
+    name: str, dropout: float = 0.0, image_size: int = 32, pretrained: bool = False, smallest: int = 32
+) -> nn.Module:
     """The network of the report ("mobilenetv3"), or timm's model of that name with its ImageNet weights or random ones.
 
-    It takes normalised float (N, 3, H, W), enlarges them to `image_size` and returns logits (N, 100). Raises
-    ValueError where timm is not installed, does not know the name, or cannot fetch the weights.
+    It takes normalised float (N, 3, H, W) of at least `smallest` pixels a side, enlarges them to `image_size` unless
+    that is 32, and returns logits (N, 100). Raises ValueError where timm is not installed, does not know the name,
+    cannot fetch the weights, or its model cannot take such images.
     """
     model: nn.Module
     if name == "mobilenetv3":
         model = MobileNetV3(dropout)
     else:
+        side = smallest if image_size == 32 else image_size
         try:
             import timm  # optional
 
             model = timm.create_model(name, pretrained=pretrained, num_classes=CLASSES, drop_rate=dropout)
-            with torch.no_grad():  # some take one size of image only
-                model.eval()(torch.zeros(1, 3, image_size, image_size))
+            with torch.no_grad():  # some take one size of image only, or none so small
+                model.eval()(torch.zeros(1, 3, side, side))
             model.train()
         except ImportError as error:
             raise ValueError(f"model {name} needs timm. Run: pip install -r requirements-tools.txt") from error
         except Exception as error:  # nearly anything, as while it fetches weights
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"timm cannot make model {name} for {image_size} pixels: {reason}. Its names: timm.list_models()"
+                f"timm cannot make model {name} for {side} pixels: {reason}. Its names: timm.list_models(). Where "
+                "images are too small, give --image_size 64 or --small_fraction 0"
             ) from error
     return model if image_size == 32 else nn.Sequential(Enlarge(image_size, mode="bicubic"), model)
 

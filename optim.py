@@ -15,15 +15,14 @@ DEFAULT_STEP = 38 / 130  # of the run between two decays, as in the best of the 
 
 def build_optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov momentum 0.9; without `decay_norms` norms and biases have no weight decay."""
+    decay = config.weight_decay
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1]},
-        {"params": [p for p in model.parameters() if p.ndim < 2]},
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": decay if config.decay_norms else 0.0},
     ]
-    groups[1]["weight_decay"] = config.weight_decay if config.decay_norms else 0.0
-    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
+        return torch.optim.AdamW(groups, config.lr, fused=True)
+    optimizer = torch.optim.SGD(groups, config.lr, momentum=0.9, nesterov=True, fused=True)
     for p in model.parameters():  # torch leaves them uninitialised where GradScaler skips the first step
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
@@ -52,8 +51,8 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay, self.updates = copy.deepcopy(model), decay, 0
-        pairs = zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
-        self.averaged, self.current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        self.averaged = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        self.current = [value for value in model.state_dict().values() if value.is_floating_point()]
 
     def update(self) -> None:
         """Take in the model's present weights."""
@@ -129,7 +128,10 @@ class Teacher:
         self.new_logits: list[Tensor] = []  # float16: 10 MB for 50,000 images
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (N, 100), float32, for the normalised images (N, 3, H, W) of the epoch's next batch."""
+        """Logits (N, 100), float32, for the normalised images (N, 3, H, W) of the epoch's next batch.
+
+        Cached logits are given in the order of the batches, without a look at the images.
+        """
         if self.cached_logits is not None:
             return next(self.cached_logits).float()
         with torch.no_grad(), self.autocast:

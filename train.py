@@ -1,5 +1,6 @@
 """Train the model on CIFAR-100: `python train.py`. Every setting is a constant in config.py and a flag here."""
 
+import json
 import math
 import os
 import shlex
@@ -13,14 +14,15 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or OpenMP's idle threads take the cores from other processes
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import utils
-from augment import Loader, build_loader
+from augment import SIDE, SMALL_SIDE, Loader, build_loader
 from checkpoint import History
 from config import Config, describe, parse_command_line, resume
-from evaluate import Labelled, Meter, evaluate, load_model
+from evaluate import Meter, evaluate, load_model
 from model import build_model, load_weights
 from optim import EMA, Criterion, Teacher, build_criterion, build_optimizer, build_scheduler
 from utils import UserError, program, progress_bar
@@ -34,11 +36,12 @@ class TrainState:
         self.config, self.device = config, device
         resumed = folder is not None and (folder / "last.pth").exists()
         self.model = new_model(config, resumed).to(device, memory_format=torch.channels_last)
-        # What the loop calls. The model itself stays unwrapped, and so do the names in its state_dict.
-        self.forward = DistributedDataParallel(self.model) if utils.world_size() > 1 else self.model
+        # What the loop calls; the names in the state_dict are those of the model itself.
+        self.wrapped_model = DistributedDataParallel(self.model) if utils.world_size() > 1 else self.model
         cuda = device.type == "cuda"
         if config.compile:  # with CUDA graphs on a GPU
-            self.forward = torch.compile(self.forward, dynamic=False, mode="reduce-overhead" if cuda else "default")
+            mode = "reduce-overhead" if cuda else "default"
+            self.wrapped_model = torch.compile(self.wrapped_model, dynamic=False, mode=mode)
         self.ema = EMA(self.model, config.ema) if config.ema else None
         self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_scheduler(config, self.optimizer)
@@ -49,13 +52,13 @@ class TrainState:
         if config.teacher != "none":
             kept = folder / "teacher.pth" if folder else None
             path = kept if kept and kept.exists() else Path(config.teacher)
-            self.teacher = Teacher(load_model(checkpoint.load(path), path), device, dtype, config.compile)
+            self.teacher = Teacher(load_model(path)[0], device, dtype, config.compile)
         self.history: History = []
 
     @property
     def eval_model(self) -> torch.nn.Module:
-        """The model that is validated and saved, in eval mode: the EMA's where there is one."""
-        return (self.model if self.ema is None else self.ema.model).eval()
+        """The model that is validated and saved: the EMA's where there is one."""
+        return self.model if self.ema is None else self.ema.model
 
     def parts(self) -> dict[str, Any]:
         """Everything with a state, by its name in a checkpoint."""
@@ -77,7 +80,8 @@ class TrainState:
 def new_model(config: Config, resumed: bool) -> torch.nn.Module:
     """The model that a run starts from; a resumed one takes its weights from last.pth. Raises UserError."""
     try:
-        model = build_model(config.model, config.dropout, config.image_size, config.pretrained and not resumed)
+        side = SMALL_SIDE if config.small_fraction else SIDE
+        model = build_model(config.model, config.dropout, config.image_size, config.pretrained and not resumed, side)
         if config.weights != "none" and not resumed:
             taken, count = load_weights(model, checkpoint.read_weights(Path(config.weights)))
             print(f"Starting from {config.weights}: {taken} of the model's {count} tensors")
@@ -93,7 +97,7 @@ def train_one_epoch(state: TrainState, loader: Loader, criterion: Criterion) -> 
     for images, labels in progress_bar(loader, meter):
         state.optimizer.zero_grad()
         with state.autocast:
-            logits = state.forward(loader.resize(images))
+            logits = state.wrapped_model(loader.resize(images))
             loss = criterion(images, logits, labels)
         state.scaler.scale(loss).backward()
         state.scaler.step(state.optimizer)
@@ -116,7 +120,9 @@ def check_finite(state: TrainState, loss: float, epoch: int) -> None:
         )
 
 
-def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Labelled, folder: Path) -> None:
+def fit(
+    state: TrainState, loader: Loader, criterion: Criterion, validation: tuple[Tensor, Tensor], folder: Path
+) -> None:
     """Train the epochs that are left; after each, the first process prints its lines and writes the run's files."""
     config, first, last_drawn = state.config, utils.rank() == 0, time.monotonic()
     writer = utils.open_tensorboard(folder, len(state.history) + 1) if config.tensorboard and first else None
@@ -141,20 +147,20 @@ def fit(state: TrainState, loader: Loader, criterion: Criterion, validation: Lab
             continue  # what follows must not wait for the other processes
         print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
         if config.validation_per_class:
-            scores = evaluate(state.eval_model, validation)
+            scores = evaluate(state.eval_model, *validation)
             print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
             row |= {"validation_loss": scores.loss, "validation_accuracy": scores.top1}
         state.history.append(row | {"images_per_second": speed, "seconds": time.perf_counter() - start})
+        if writer:
+            for name, value in state.history[-1].items():
+                if value is not None:
+                    writer.add_scalar(name, value, epoch)
         parts = {name: part.state_dict() for name, part in state.parts().items()}
         best = checkpoint.save_epoch(folder, asdict(config), state.history, parts, state.eval_model.state_dict())
         if best and config.updates_best:
             checkpoint.copy(folder / "best.pth", checkpoint.BEST)
         if best and config.validation_per_class:
             print("Saved Best Model")
-        if writer:
-            for name, value in state.history[-1].items():
-                if value is not None:
-                    writer.add_scalar(name, value, epoch)
         print(f"Learning Rate: {row['lr']:.6f}", flush=True)
         if time.monotonic() - last_drawn > 60:  # drawing takes half a second
             checkpoint.draw_curves({folder.name: state.history}, folder / "curves.png")
@@ -173,16 +179,19 @@ def train(config: Config, folder: Path | None = None) -> Path:
         state = TrainState(config, device, folder)
         if folder is None:
             name = config.experiment if config.dataset == "cifar100" else f"{config.experiment}-{config.dataset}"
-            folder = utils.from_first(lambda: checkpoint.new_run(config.runs_dir, name))
+            folder = utils.broadcast(checkpoint.new_run(config.runs_dir, name) if utils.rank() == 0 else None)
         with utils.locked(folder) if utils.rank() == 0 else nullcontext():
             if (folder / "last.pth").exists():
                 state.load(checkpoint.load(folder / "last.pth"), folder)
             if utils.rank() == 0:
                 utils.remove_partial(folder)
-                checkpoint.write_settings(folder, asdict(config))
+                settings = json.dumps(asdict(config), indent=1).encode()
+                utils.atomic_write(folder / "config.json", lambda file: file.write(settings))
                 if state.teacher is not None and not (folder / "teacher.pth").exists():
                     checkpoint.copy(Path(config.teacher), folder / "teacher.pth")
-            announce(state, len(loader.labels), folder)
+            print(f"Training {describe(config)} on {len(loader.labels)} {config.dataset} images")
+            machine = utils.provenance(config.device)["machine"]  # read now, and with it the commit that trains
+            print(f"{config.epochs - len(state.history)} epochs to go on {machine}\nRun folder: {folder}", flush=True)
             fit(state, loader, build_criterion(config, state.teacher), validation, folder)
             if utils.rank() == 0:  # again, as a crash may have come before it, or another run after it
                 checkpoint.write_log(folder / "log.csv", state.history)
@@ -193,21 +202,13 @@ def train(config: Config, folder: Path | None = None) -> Path:
         go_on = f"Go on with: python train.py --resume {shlex.quote(str(folder))}"
         print(f"\nStopped. {go_on}" if folder else "\nStopped before any step", flush=True)
         raise
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise UserError("the GPU's memory is too small for this run. Try a lower --batch_size") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError("the GPU's memory is too small for this run. Try a lower --batch_size") from error
+    except RuntimeError as error:
         if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise UserError(f"torch.compile failed: {utils.one_line(error)}. Train without --compile") from error
         raise
     return folder
-
-
-def announce(state: TrainState, images: int, folder: Path) -> None:
-    """Print what is trained, with which changed settings, and where."""
-    config = state.config
-    print(f"Training {describe(config)} on {images} {config.dataset} images")
-    machine = utils.provenance(config.device)["machine"]  # read now, and with it the commit that trains
-    print(f"{config.epochs - len(state.history)} epochs to go on {machine}\nRun folder: {folder}", flush=True)
 
 
 def summary(folder: Path, config: Config) -> str:
@@ -226,8 +227,8 @@ def summary(folder: Path, config: Config) -> str:
 def resumed_config(folder: Path, given: dict[str, Any]) -> Config:
     """The settings of the run in `folder`, with the given ones of config.MACHINE. Raises UserError."""
     try:
-        return resume(checkpoint.read_settings(folder), given)
-    except ValueError as error:
+        return resume(json.loads((folder / "config.json").read_text()), given)
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot go on: {error}") from error
 
 

@@ -1,7 +1,6 @@
 """Small helpers that every program needs: one-line errors, whole files, locks, the device, several processes."""
 
 import ctypes
-import errno
 import functools
 import io
 import os
@@ -105,10 +104,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                os.close(handle)
-                raise UserError(f"{folder} is in use by another process: wait for it, or stop it first") from None
+        except (BlockingIOError, PermissionError):
+            os.close(handle)
+            raise UserError(f"{folder} is in use by another process: wait for it, or stop it first") from None
+        except OSError:  # a disk without locks
+            pass
     try:
         yield
     finally:
@@ -132,12 +132,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def from_first(make: Callable[[], Any]) -> Any:
-    """Call `make` in the first process. Returns its result in all of them."""
-    made = [make() if rank() == 0 else None]
+def broadcast(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    values = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(made)
-    return made[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 @contextmanager
@@ -217,15 +217,10 @@ def provenance(device: str) -> dict[str, str | None]:
 def keep_freed_memory() -> None:
     """Stop glibc from returning freed memory to the system: on a CPU the page faults that follow cost a quarter of a
     training step, and most of the time of grading."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return
-    # The parameters' numbers stand in glibc's malloc.h.
-    m_mmap_max, m_trim_threshold, m_top_pad, m_arena_max = -4, -1, -2, -8
-    mallopt(m_mmap_max, 0)  # no block is mapped by itself, however large
-    mallopt(m_trim_threshold, 2**31 - 1)  # bytes
-    mallopt(m_top_pad, 16 * 2**20)  # bytes
-    mallopt(m_arena_max, 1)
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD (bytes), M_ARENA_MAX; their numbers stand in its malloc.h
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 16 * 2**20), (-8, 1)):
+            mallopt(parameter, value)
 
 
 def open_tensorboard(folder: Path, epoch: int) -> Any:

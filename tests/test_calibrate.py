@@ -80,7 +80,8 @@ def test_fit_without_a_minimum_ends_in_its_range() -> None:
 def test_top1_does_not_change(temperature: float, model: nn.Module) -> None:
     """Nor the order of all classes, of the logits."""
     images = synthetic(1, seed=7)[0]
-    plain, scaled = evaluate.logits(model, images), evaluate.logits(calibrate.Scaled(model, temperature), images)
+    networks = model, calibrate.Scaled(model, temperature)
+    plain, scaled = (evaluate.predict_logits(network, images) for network in networks)
     assert torch.equal(scaled.argmax(1), plain.argmax(1))
     assert torch.equal(scaled.gather(1, plain.argsort(1)).sort(1).values, scaled.gather(1, plain.argsort(1)))
     assert not torch.equal(scaled, plain)
@@ -90,7 +91,7 @@ def test_fit_reads_the_runs_validation_images_alone(model: nn.Module, monkeypatc
     def refuse(*arguments: object) -> None:
         raise AssertionError("test images were read")
 
-    seen, reads, load, logits = [], [], data.load, evaluate.logits
+    seen, reads, load, logits = [], [], data.load, evaluate.predict_logits
 
     def watched(dataset: str, data_dir: str, source: str, per_class: int = 0) -> data.Images:
         reads.append(source)
@@ -99,7 +100,7 @@ def test_fit_reads_the_runs_validation_images_alone(model: nn.Module, monkeypatc
     monkeypatch.setattr(data, "load", watched)
     monkeypatch.setattr(data, "load_test", refuse)
     monkeypatch.setattr(evaluate, "load_test", refuse)
-    monkeypatch.setattr(evaluate, "logits", lambda model, images: seen.append(images) or logits(model, images))
+    monkeypatch.setattr(evaluate, "predict_logits", lambda model, images: seen.append(images) or logits(model, images))
     config = Config(dataset="synthetic", validation_per_class=2, images_per_class=5)
     temperature = calibrate.fit_on_validation(model, config, "nowhere")
     validation = data.load_training("synthetic", "nowhere", 2, 5)[1]
@@ -138,9 +139,8 @@ def test_a_stored_temperature_is_read() -> None:
 
 def test_the_published_checkpoint_can_be_used() -> None:
     """It stores no temperature, or one in the range; its classes are those of the undivided logits."""
-    content = checkpoint.load(checkpoint.PUBLISHED)
+    plain, content = evaluate.load_model(checkpoint.PUBLISHED)
     model, about, _ = open_checkpoint(checkpoint.PUBLISHED)
     assert about.get("temperature") == content.get("temperature")
     images = synthetic(1, seed=7)[0]
-    plain = evaluate.load_model(content, checkpoint.PUBLISHED)
     assert torch.equal(probabilities(model, images).argmax(1), probabilities(plain, images).argmax(1))

@@ -12,10 +12,10 @@ import pytest
 import checkpoint
 import config as settings
 from config import (
+    BASE_RECIPE,
     OLD_NAMES,
     PRESETS,
     Config,
-    base_recipe,
     changes,
     describe,
     describe_presets,
@@ -230,9 +230,9 @@ def test_a_wrong_command_line_is_one_line_and_code_2(flags: list[str], capsys: p
 def test_presets_are_described_by_what_they_change() -> None:
     """The base recipe whole, and what each preset changes in it."""
     described = " ".join(describe_presets().split())
-    for name, recipe in {"the base recipe": base_recipe(), **PRESETS}.items():
+    for name, recipe in {"the base recipe": BASE_RECIPE, **PRESETS}.items():
         assert f"{name}: {', '.join(f'{key}={value}' for key, value in recipe.items())}" in described
-        assert preset(name) == base_recipe() | recipe if name in PRESETS else recipe.keys() == RECIPE
+        assert preset(name) == BASE_RECIPE | recipe if name in PRESETS else recipe.keys() == RECIPE
 
 
 def test_help_lists_every_setting_and_the_presets(capsys: pytest.CaptureFixture) -> None:

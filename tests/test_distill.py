@@ -90,7 +90,7 @@ def test_the_teacher_sees_the_students_view(tiny: Config, teacher: Path, monkeyp
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     state.teacher = load_teacher(teacher)
     monkeypatch.setattr(state.teacher.model, "forward", lambda x: seen.append(x) or torch.zeros(len(x), 100))
-    state.forward = lambda x: seen.append(x) or state.model(x)
+    state.wrapped_model = lambda x: seen.append(x) or state.model(x)
     train.train_one_epoch(state, build_loader(config, CPU)[0], train.build_criterion(config, state.teacher))
     loader = build_loader(config, CPU)[0]
     assert len(seen) == 14 and seen[0].shape[-1] == 24
@@ -110,7 +110,7 @@ def test_a_teacher_gives_the_logits_of_its_model(
 
 
 def load_teacher(path: Path) -> optim.Teacher:
-    return optim.Teacher(evaluate.load_model(checkpoint.load(path), path), CPU, torch.bfloat16)
+    return optim.Teacher(evaluate.load_model(path)[0], CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize("views", [0, 2])
@@ -233,9 +233,10 @@ def test_the_shipped_teacher_is_the_recorded_one(cifar100: dict[str, np.ndarray]
     """It has not seen the validation images; 300 of them tell 81 % from a damaged network."""
     pytest.importorskip("timm")
     path = Path("checkpoints/teacher.pth")
-    content, record = checkpoint.load(path), json.loads(Path("docs/results/teacher.json").read_text())
+    teacher, content = evaluate.load_model(path)
+    record = json.loads(Path("docs/results/teacher.json").read_text())
     assert (content["run"], content["test"]["accuracy"]) == (record["run"], record["test"]["accuracy"])
     images, labels = data.load_training("cifar100", Config.data_dir, content["config"]["validation_per_class"])[1]
     shown = slice(0, None, len(labels) // 300)
-    scores = evaluate.evaluate(evaluate.load_model(content, path), (images[shown], labels[shown]))
+    scores = evaluate.evaluate(teacher, images[shown], labels[shown])
     assert scores.top1 == pytest.approx(record["validation"]["accuracy"], abs=6)

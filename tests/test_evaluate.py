@@ -28,7 +28,7 @@ def graded(path: Path) -> dict[str, Any]:
 
 def grade_without_data(path: Path) -> str:
     """What can be graded where there is no CIFAR-100."""
-    operations, size = evaluate.count_cost(evaluate.load_model(checkpoint.load(path), path))
+    operations, size = evaluate.count_cost(evaluate.load_model(path)[0])
     return (
         f"ACCURACY NOT MEASURED: CIFAR-100 CANNOT BE HAD ON THIS MACHINE (graded {path} without it)\n"
         f"flops = {operations}\nModel parameter size = {size:.3f} kB"
@@ -78,9 +78,10 @@ def test_scores_do_not_depend_on_the_batch_and_change_nothing(
     images = synthetic(3, seed=0)
     before = copy.deepcopy(model.state_dict())
     scores = []
-    for batch_size in (7, 100, 300):
+    for batch_size, training in ((7, False), (100, True), (300, False)):
         monkeypatch.setattr(evaluate, "BATCH_SIZE", batch_size)
-        scores.append(evaluate.evaluate(model, images))
+        scores.append(evaluate.evaluate(model.train(training), *images))
+        assert model.training is training
     assert all(score == pytest.approx(scores[0], abs=1e-4) for score in scores)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -107,7 +108,7 @@ def test_scores_against_a_loop() -> None:
         better = int((row > row[label]).sum())
         for k in correct:
             correct[k] += better < k
-    scores = evaluate.evaluate(known, images)
+    scores = evaluate.evaluate(known, *images)
     assert (scores.top1, scores.top5) == (2 * correct[1], 2 * correct[5])
     assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, images.labels).item(), rel=1e-5)
 

@@ -78,7 +78,7 @@ def test_a_file_with_other_classes_is_not_timed(monkeypatch: pytest.MonkeyPatch)
 def test_torch_runs_the_checkpoints_model() -> None:
     """With trained weights, as random ones give nearly the same probabilities for all images."""
     planes, path = synthetic(1, seed=5)[0], SCRATCH
-    expected = evaluate.logits(evaluate.load_model(checkpoint.load(path), path), planes).softmax(1)
+    expected = evaluate.predict_logits(evaluate.load_model(path)[0], planes).softmax(1)
     assert (expected[0] - expected[50]).abs().max() > 0.1
     given = latency.read_torch(path)(planes.permute(0, 2, 3, 1).contiguous())
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)

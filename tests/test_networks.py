@@ -112,8 +112,10 @@ def test_a_run_starts_from_weights_and_resumes_without_them(tiny: Config, model:
 
 def test_a_network_that_cannot_be_made_is_one_line(tiny: Config) -> None:
     pytest.importorskip("timm")
-    with pytest.raises(UserError, match="timm cannot make model nosuch for 32 pixels"):
+    with pytest.raises(UserError, match="timm cannot make model nosuch for 24 pixels"):
         train.train(replace(tiny, model="nosuch"))
-    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 for 32 pixels: .*224"):  # it takes no other size
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 for 24 pixels: .*224"):  # it takes no other size
         train.train(replace(tiny, model="vit_tiny_patch16_224"))
+    with pytest.raises(UserError, match=r"test_convnext for 24 pixels: .*--small_fraction 0"):  # nor one so small
+        train.train(replace(tiny, model="test_convnext", small_fraction=0.5))
     assert not Path(tiny.runs_dir).exists()

@@ -75,8 +75,8 @@ def test_record_holds_what_was_measured(run: Path, capsys: pytest.CaptureFixture
 def test_train_eval_is_measured_in_eval_mode_on_the_runs_own_images(run: Path) -> None:
     main(run, "--name", "small")
     images = data.load_training("cifar100", ".", 1)[0]
-    model = evaluate.load_model(checkpoint.load(run / "best.pth"), run)
-    scores = evaluate.evaluate(model, images)
+    model = evaluate.load_model(run / "best.pth")[0]
+    scores = evaluate.evaluate(model, *images)
     expected = {"accuracy": scores.top1, "loss": scores.loss, "images": 200}
     assert json.loads(RECORD.read_text())["train_eval"] == pytest.approx(expected, abs=1e-4)
 
@@ -98,9 +98,8 @@ def test_a_temperature_is_fitted_on_validation_images(run: Path, monkeypatch: py
     monkeypatch.setattr(calibrate, "fit", lambda *given: fits.append(given) or fit(*given))
     assert main(run, "--name", "small", "--ship", checkpoint.PUBLISHED) == 0
     ((outputs, labels),) = fits
-    content = checkpoint.load(run / "best.pth")
     validation = data.load_training("cifar100", ".", 1)[1]
-    expected = evaluate.logits(evaluate.load_model(content, run), validation.images)
+    expected = evaluate.predict_logits(evaluate.load_model(run / "best.pth")[0], validation.images)
     assert len(labels) == 100 and outputs.allclose(expected, atol=1e-3)
     temperature = json.loads(RECORD.read_text())["temperature"]
     assert temperature == pytest.approx(fit(expected, validation.labels), rel=1e-3) and temperature != 1

@@ -68,8 +68,7 @@ def test_a_stored_temperature_is_in_onnx_and_int8(
     """Both files give the classes that the files without it give; int8 keeps the division in float32."""
     import onnx
 
-    content = checkpoint.load(shipped)
-    model = evaluate.load_model(content, shipped)
+    model, content = evaluate.load_model(shipped)
     source, plain, small = (tmp_path / name for name in ("any.pth", "plain.onnx", "int8.onnx"))
     checkpoint.save(source, content | {"temperature": 0.5})
     assert export.main([str(plain), "--checkpoint", str(source)]) == 0
@@ -144,6 +143,6 @@ def test_int8_check_finds_bad_files() -> None:
 def test_a_bad_int8_file_is_refused(shipped: Path, monkeypatch) -> None:
     monkeypatch.setattr(quantize, "calibrated", lambda plain, *where: (plain.read_bytes(), "Calibrated"))
     monkeypatch.setattr(quantize, "SAME", 100.1)
-    model = evaluate.load_model(checkpoint.load(shipped), shipped)
+    model = evaluate.load_model(shipped)[0]
     with pytest.raises(UserError, match=r"int8 file is not good enough.*on 100\.0 %"):
         export.to_int8(shipped.with_suffix(".onnx").read_bytes(), model, "synthetic", "nowhere")

@@ -62,7 +62,7 @@ def test_page_is_complete_and_needs_no_other_file(
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
     path, output = write_checkpoint(tmp_path / "a<b.pth", model, dataset), tmp_path / "new" / "index.html"
     assert report.main(["--checkpoint", str(path), "--output", str(output)]) == 0
-    top1 = evaluate.evaluate(model, test).top1
+    top1 = evaluate.evaluate(model, *test).top1
     assert capsys.readouterr().out.splitlines() == [str(output), f"Accuracy = {top1:.2f} %"]
     page = output.read_text()
     assert str(path).replace("<", "&lt;") in page and "epoch 1, written 2026-01-01" in page
@@ -85,7 +85,7 @@ def test_known_predictions_are_counted_right(monkeypatch: pytest.MonkeyPatch, mo
     predicted = test.labels.clone()
     predicted[:2], predicted[-1] = 1, 0
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
-    monkeypatch.setattr(evaluate, "logits", lambda model, images: 9.0 * nn.functional.one_hot(predicted, 100))
+    monkeypatch.setattr(evaluate, "predict_logits", lambda model, images: 9.0 * nn.functional.one_hot(predicted, 100))
     results = analyse(write_checkpoint(tmp_path / "any.pth", model))
     assert (results.images, results.top1) == (200, 197)
     assert ("pattern 9 over 9", "pattern 0 over 0") in {(m.true, m.predicted) for m in results.mistakes}
@@ -137,13 +137,13 @@ def test_page_shows_the_calibration_before_and_after(monkeypatch, model: nn.Modu
     test, validation = synthetic(3, seed=9), synthetic(2, seed=0)
     monkeypatch.setattr(data, "load_test", lambda dataset, data_dir: test)
     fitted = analyse(write_checkpoint(tmp_path / "any.pth", model))
-    assert fitted.temperature == calibrate.fit(evaluate.logits(model, validation.images), validation.labels)
+    assert fitted.temperature == calibrate.fit(evaluate.predict_logits(model, validation.images), validation.labels)
     assert fitted.scaled.loss < fitted.plain.loss and fitted.scaled.error < fitted.plain.error
-    logits = evaluate.logits(model, test.images).double() / fitted.temperature
+    logits = evaluate.predict_logits(model, test.images).double() / fitted.temperature
     confidence, predicted = logits.softmax(1).max(1)
     error, bins = calibration(confidence, (predicted == test.labels).double())
     assert fitted.scaled.error == error and torch.equal(fitted.scaled.bins, bins)
-    assert 100 * fitted.top5 / fitted.images == pytest.approx(evaluate.evaluate(model, test).top5)
+    assert 100 * fitted.top5 / fitted.images == pytest.approx(evaluate.evaluate(model, *test).top5)
     confidences = [mistake.probability for mistake in fitted.mistakes]
     assert confidences == sorted(confidences, reverse=True)
     page = report.render(fitted)

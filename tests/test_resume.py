@@ -229,7 +229,7 @@ def test_resuming_after_the_network_was_changed_is_one_line(
 def test_an_older_run_goes_on_and_a_newer_one_is_refused(tiny: Config) -> None:
     """Settings that it lacks are off, old names are read, unknown ones are named."""
     folder = train.train(replace(tiny, epochs=1, images_per_class=4))
-    settings = checkpoint.read_settings(folder)
+    settings = json.loads((folder / "config.json").read_text())
     settings["small_share"] = settings.pop("small_fraction")
     del settings["cutout"], settings["trivial_augment"]
     (folder / "config.json").write_text(json.dumps(settings))
@@ -250,10 +250,10 @@ def test_resuming_a_folder_without_a_run_is_refused(
     (folder / "last.pth").unlink()
     for settings in ("[]", "{", '{"epochs": "many"}'):
         (folder / "config.json").write_text(settings)
-        with pytest.raises(utils.UserError, match=r"no run|cannot go on") as caught:
+        with pytest.raises(utils.UserError, match=r"cannot go on") as caught:
             train.resumed_config(folder, {})
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(checkpoint.CheckpointError, match="no run"):
+    with pytest.raises(utils.UserError, match=r"cannot go on: .*No such file"):
         train.resumed_config(folder.parent, {})
     assert train.main(["--resume", str(folder.parent / "none")]) == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,5 +1,6 @@
 """What a run of hours must survive: kills, damage, a full disk, two processes at once."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from tests import soak
 def new_run(config: Config) -> Path:
     """The folder of a run that has not begun to train."""
     folder = checkpoint.new_run(config.runs_dir, "new")
-    checkpoint.write_settings(folder, asdict(config))
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
     return folder
 
 

@@ -52,11 +52,11 @@ def test_a_batch_is_made_much_faster_than_from_pil_images() -> None:
 def test_grading_in_batches_is_much_faster_than_one_at_a_time(model: nn.Module) -> None:
     images = synthetic(2, seed=0)
     fast = model.to(memory_format=torch.channels_last)
-    evaluate.evaluate(fast, images)
+    evaluate.evaluate(fast, *images)
 
     def one_at_a_time() -> None:
         with torch.no_grad():
             for i in range(40):
                 model(data.normalise(images.images[i : i + 1])).argmax().item()
 
-    assert fastest(one_at_a_time) * len(images.labels) / 40 > 3 * fastest(lambda: evaluate.evaluate(fast, images))
+    assert fastest(one_at_a_time) * len(images.labels) / 40 > 3 * fastest(lambda: evaluate.evaluate(fast, *images))

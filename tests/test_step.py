@@ -138,10 +138,10 @@ def test_compiled_and_eager_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = InvertedResidual(BLOCKS[4]), torch.randn(16, 40, 8, 8)
     monkeypatch.setattr(train, "build_model", lambda *arguments: copy.deepcopy(block))
     state = train.TrainState(replace(TINY, compile=True, ema=0.0), torch.device("cpu"))
-    assert state.forward is not state.model
+    assert state.wrapped_model is not state.model
     assert not torch._dynamo.config.suppress_errors, "falling back in silence would compare eager with eager"
     kernels, results = torch._inductor.metrics.generated_kernel_count, []
-    for forward, model in ((block, block), (state.forward, state.model)):
+    for forward, model in ((block, block), (state.wrapped_model, state.model)):
         y = forward(x)
         y.square().mean().backward()
         results.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])

@@ -23,7 +23,6 @@ import train
 import utils
 from augment import build_loader
 from config import Config
-from data import Images
 from model import MobileNetV3
 from optim import build_criterion
 from tests.helpers import FILES, flags, log_rows, small_set, taken_for_official
@@ -32,16 +31,15 @@ from tests.helpers import FILES, flags, log_rows, small_set, taken_for_official
 def test_the_ema_is_validated_on_the_validation_images(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, config = [], replace(tiny, epochs=1, images_per_class=4)
 
-    def recorded(model: torch.nn.Module, images: Images) -> evaluate.Scores:
-        seen.append((copy.deepcopy(model.state_dict()), images, model.training))
-        return evaluate.evaluate(model, images)
+    def recorded(model: torch.nn.Module, *images: torch.Tensor) -> evaluate.Scores:
+        seen.append((copy.deepcopy(model.state_dict()), images))
+        return evaluate.evaluate(model, *images)
 
     monkeypatch.setattr(train, "evaluate", recorded)
     folder = train.train(config)
-    ((weights, images, training),) = seen
-    assert not training
+    ((weights, images),) = seen
     expected = data.load_training("synthetic", "", config.validation_per_class, config.images_per_class)[1]
-    assert torch.equal(images.images, expected.images) and torch.equal(images.labels, expected.labels)
+    assert all(torch.equal(*pair) for pair in zip(images, expected, strict=True))
     parts = checkpoint.load(folder / "last.pth")["state"]
     assert all(torch.equal(weights[name], value) for name, value in parts["average"]["network"].items())
     assert not torch.equal(weights["classifier.weight"], parts["network"]["classifier.weight"])

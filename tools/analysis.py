@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
 import data
 import evaluate
-from config import Config, describe, restore
+from config import Config, describe
 from model import MobileNetV3
 from tools import calibrate
 from tools.costs import latency_section
@@ -113,11 +112,10 @@ def stages(model: nn.Module) -> list[Stage]:
 
 def analyse(path: Path, data_dir: str = Config.data_dir) -> Results:
     """Grade a checkpoint on its data set's test images. Raises UserError."""
-    content = checkpoint.load(path)
-    model, config = evaluate.load_model(content, path), restore(content["config"])
-    dataset = config.dataset
+    model, content = evaluate.load_model(path)
+    config, dataset = Config(**content["config"]), content["config"]["dataset"]
     images, labels = data.load_test(dataset, data_dir)
-    logits = evaluate.logits(model, images).double()
+    logits = evaluate.predict_logits(model, images).double()
     top = logits.softmax(1).topk(5)
     confidence, predicted = top.values[:, 0], top.indices[:, 0]
     correct = predicted == labels

@@ -129,7 +129,7 @@ def memory() -> float:
     for epoch in (0, config.epochs - 1):
         loader.set_epoch(epoch)
         train.train_one_epoch(state, Timed(loader, warmup=100, seconds=0), build_criterion(config))
-    evaluate(state.eval_model, validation)
+    evaluate(state.eval_model, *validation)
     return peak()
 
 
@@ -147,8 +147,8 @@ def grading() -> dict[str, float]:
     """Seconds to grade the 10,000 test images, and how many times faster that is than one image at a time."""
     model = MobileNetV3().eval().to(memory_format=torch.channels_last)
     test = data.load_test("cifar100", LIKE.data_dir)
-    evaluate(model, data.Images(test.images[:1000], test.labels[:1000]))
-    seconds = median_seconds(lambda: evaluate(model, test))
+    evaluate(model, test.images[:1000], test.labels[:1000])
+    seconds = median_seconds(lambda: evaluate(model, *test))
     plain = MobileNetV3().eval()
     loader = Timed(list(zip(test.images.split(1), test.labels.split(1), strict=True)), warmup=20, seconds=6)
     with torch.no_grad():

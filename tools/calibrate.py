@@ -65,7 +65,7 @@ def fit_on_validation(model: nn.Module, config: Config, data_dir: str) -> float 
         return None
     _, validation = data.load_training(config.dataset, data_dir, config.validation_per_class, config.images_per_class)
     device = next(model.parameters()).device
-    return fit(evaluate.logits(model, validation.images.to(device)), validation.labels)
+    return fit(evaluate.predict_logits(model, validation.images.to(device)), validation.labels)
 
 
 def stored(content: dict[str, Any], path: Path) -> float | None:

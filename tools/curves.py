@@ -46,7 +46,7 @@ def note(folder: Path) -> str:
     """The settings in which a run differs from the preset or the defaults that it started from."""
     try:
         differences = changes(restore(json.loads((folder / "config.json").read_text())))
-    except (ValueError, AttributeError) as error:  # AttributeError: the file holds no dict
+    except ValueError as error:
         return f"{folder.name}: settings unknown ({error})"
     return f"{folder.name} changed {', '.join(f'{k}={v}' for k, v in differences.items()) or 'nothing'}"
 

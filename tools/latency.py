@@ -90,7 +90,7 @@ def write_files(source: Path, folder: Path, data_dir: str) -> None:
 def read_torch(path: Path) -> quantize.Run:
     """The checkpoint's model as evaluate.py runs it, with the preprocessing and the softmax of the exported files."""
     keep_freed_memory()
-    model = evaluate.load_model(checkpoint.load(path), path)
+    model = evaluate.load_model(path)[0]
     deployed = Deployed(model).eval().to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -190,9 +190,9 @@ def run(
     quantize.need_onnx()
     import onnxruntime  # optional
 
-    content = checkpoint.load(source)
+    model, content = evaluate.load_model(source)
     images = quantize.spread_out(check_images(content["config"]["dataset"], data_dir)[0], BATCH)
-    classes = evaluate.logits(evaluate.load_model(content, source), images.permute(0, 3, 1, 2)).argmax(1)
+    classes = evaluate.predict_logits(model, images.permute(0, 3, 1, 2)).argmax(1)
     threads, rates, shared = sorted({1, torch.get_num_threads()}), [], []
     with tempfile.TemporaryDirectory() as folder:
         in_process(write_files, source, Path(folder), data_dir)

@@ -13,7 +13,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-import checkpoint
 import evaluate
 from config import OneLineParser
 from data import SIDE, normalise
@@ -91,8 +90,8 @@ def open_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any], tuple[str, .
 
     The model's logits are divided by the temperature that the checkpoint stores, if it stores one.
     """
-    content = checkpoint.load(path)
-    model, config = evaluate.load_model(content, path), content["config"]
+    model, content = evaluate.load_model(path)
+    config = content["config"]
     about = {"checkpoint": str(path), "experiment": config["experiment"], "date": content["date"]}
     about["dataset"] = config["dataset"]
     for source, key in (("test", "accuracy"), ("metrics", "validation_accuracy")):

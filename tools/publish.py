@@ -86,7 +86,7 @@ def read_record(path: Path, config: Config, again: bool) -> Record:
     now = recipe(config) | {"seed": config.seed}
     try:
         then = recipe(restore(record["config"])) | {"seed": record.get("seed")}
-    except (AttributeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} has wrong settings: {error}. Give another --name") from error
     if differing := [f"{name} {then[name]} (now {value})" for name, value in now.items() if then[name] != value]:
         raise UserError(f"{path} is of a run with other settings: {', '.join(differing)}. Give another --name")
@@ -101,7 +101,7 @@ def read_record(path: Path, config: Config, again: bool) -> Record:
 def score_training_images(model: nn.Module, config: Config, data_dir: str) -> dict[str, Any]:
     """The best weights' scores, in eval mode and without augmentation, on the images that they were trained on."""
     images, _ = data.load_training("cifar100", data_dir, config.validation_per_class, config.images_per_class)
-    scores = evaluate.evaluate(model, images.to(next(model.parameters()).device))
+    scores = evaluate.evaluate(model, *images.to(next(model.parameters()).device))
     return {"accuracy": round(scores.top1, 6), "loss": round(scores.loss, 6), "images": len(images.labels)}
 
 
@@ -132,7 +132,8 @@ def publish(
     path, log, curves = (DOCS / file for file in (f"results/{name}.json", f"logs/{name}.csv", f"curves/{name}.png"))
     before = read_record(path, config, again)
     row = last["history"][best["epoch"] - 1]
-    model = evaluate.load_model(best, run / "best.pth").to(choose_device("auto"), memory_format=torch.channels_last)
+    model, _ = evaluate.load_model(run / "best.pth")
+    model.to(choose_device("auto"), memory_format=torch.channels_last).load_state_dict(best["weights"])
     temperature = calibrate.fit_on_validation(model, config, data_dir)
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder, "best.pth"), best)
