@@ -24,7 +24,7 @@ COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "va
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito, 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "os^Dvp*"
+MARKERS = "os^Dvp*X"
 
 
 class CheckpointError(UserError):

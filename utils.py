@@ -71,6 +71,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
     Raises UserError where the disk is full, or the folder read-only or gone; an older file then stays as it was.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder. Give the name of a file")
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
         with open(temporary, "wb") as file:

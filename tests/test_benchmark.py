@@ -57,3 +57,9 @@ def test_start_is_measured_up_to_the_first_step(tmp_path: Path) -> None:
 def test_a_command_that_fails_is_one_line() -> None:
     with pytest.raises(UserError, match=r"^-c 1 / 0 failed\. ZeroDivisionError: division by zero$"):
         benchmark.succeed("-c", "\n1 / 0")
+    with pytest.raises(UserError, match=r"failed\. the reason$"):  # torchrun ends with a ruler
+        benchmark.succeed("-c", "print(1); raise SystemExit('the reason\\n=====')")
+
+
+def test_a_command_has_the_environment_that_is_given() -> None:
+    assert benchmark.succeed("-c", "import os; print(os.environ['OMP_NUM_THREADS'])", OMP_NUM_THREADS="7") == "7\n"

@@ -59,11 +59,11 @@ def test_an_older_runs_missing_setting_is_off(tmp_path: Path) -> None:
     stored["small_share"] = stored.pop("small_fraction")
     folder = write_run(tmp_path / "old", Config(), [10.0])
     (folder / "config.json").write_text(json.dumps(stored))
-    assert curves.note(folder) == "old changed nothing"
+    assert curves.note("old", folder) == "old changed nothing"
     (folder / "config.json").write_text(json.dumps(stored | {"tutor": "best"}))
-    assert curves.note(folder).startswith("old: settings unknown (") and "tutor" in curves.note(folder)
+    assert curves.note("old", folder).startswith("old: settings unknown (") and "tutor" in curves.note("old", folder)
     (folder / "config.json").write_text("[]")
-    assert curves.note(folder).startswith("old: settings unknown (")
+    assert curves.note("old", folder).startswith("old: settings unknown (")
 
 
 def test_read_log_gives_the_rows_that_were_written(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_all_files_give_the_models_classes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_processes_are_timed_on_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    def succeed(*words: str) -> str:
+    def succeed(*words: str, **environment: str) -> str:
         assert words[-4:] == ("-m", "tools.benchmark", "--part", latency.PART) and latency.PART in PARTS
         started = words[:5] == ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4")
         return json.dumps({"images": 1_000, "seconds": 2.0 if started else 4.0})

@@ -128,6 +128,22 @@ def test_a_run_is_graded_once(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert json.loads(RECORD.read_text())["commit"] == "other"
 
 
+def test_nothing_is_graded_where_a_file_is_in_the_way(run: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    """A log that belongs to no record, a folder under the name of the weights."""
+    log = Path("docs/logs/other.csv")
+    log.parent.mkdir(parents=True)
+    log.write_text("of another run")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "grade", lambda *arguments, **more: pytest.fail("the run was graded"))
+        assert main(run, "--name", "other") == 1
+        assert "docs/logs/other.csv: there already" in capsys.readouterr().err
+        assert main(run, "--name", "small", "--ship", "docs") == 1
+        assert "docs is a folder" in capsys.readouterr().err
+    assert log.read_text() == "of another run" and not RECORD.exists()
+    assert main(run, "--name", "small", "--ship", "new/folder/any.pth") == 0
+    assert Path("new/folder/any.pth").exists()
+
+
 def test_a_claim_and_its_title_are_kept(run: Path, capsys: pytest.CaptureFixture) -> None:
     """A record of other settings, and a file that is no record, are not overwritten."""
     config = publish.recipe(Config(**checkpoint.load(run / "best.pth")["config"]))

@@ -78,6 +78,24 @@ def test_a_record_that_differs_from_its_log_is_named(folder: Path, capsys: pytes
     assert "result6.json" in line and "result6.csv" in line and str(best) in line
 
 
+def test_a_file_that_is_missing_or_misnamed_is_one_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    def moved(path: str, to: str) -> str:
+        source, target = Path(path), Path(path).with_name(to)
+        source.rename(target)
+        line = check_fails(capsys)
+        target.rename(source)
+        return line
+
+    for path in ("docs/logs/scratch.csv", "docs/curves/scratch.png"):
+        assert f"scratch.json names {path}, which is missing" in moved(path, "elsewhere")
+    assert "lack 'ablation-cutmix'" in moved("docs/logs/ablation-cutmix.csv", "elsewhere")
+    assert "lack 'scratch-280'" in moved("docs/results/scratch-280.json", "elsewhere")
+    assert "other.json has the name scratch-280" in moved("docs/results/scratch-280.json", "other.json")
+    log = Path("docs/logs/taught.csv")
+    log.write_text("\n".join(log.read_text().splitlines()[:50]) + "\n")
+    assert "docs/logs/taught.csv ends before epoch" in check_fails(capsys)
+
+
 def test_a_page_without_its_markers_is_one_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
     change("README.md", "<!-- /grade -->", "")
     assert "<!-- /grade -->" in check_fails(capsys)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+import evaluate
 from tools import experiments, tables
 from tools.records import EXPERIMENTS, SHIPPED, UNTAUGHT
 
@@ -129,6 +130,14 @@ def test_more_seeds_give_mean_and_deviation() -> None:
     records["other"] = run("other", 0, test=90) | {"config": {"epochs": 1}, "seed": 1}
     records["scratch-seed1"] = records["scratch"] | run("scratch-seed1", 0, test=75)
     assert tables.spread(records, "scratch") == "2 seeds: 73.00, 75.00; mean 74.00, standard deviation 1.41"
+
+
+def test_the_sample_of_a_grade_is_what_grading_prints() -> None:
+    cost = {"operations": 123, "size_kb": 4.5678}
+    rest = dict.fromkeys(("checkpoint", "settings", "epoch", "date", "images", "dataset"), "") | {"top5": 0, "loss": 0}
+    result = rest | {"flops": 123, "size_kb": 4.5678, "accuracy": 67.891, "seconds": 0}
+    expected = ["```", *evaluate.format_grade(result).splitlines()[-3:], "```"]
+    assert tables.grade_lines({SHIPPED: {"cost": cost, "test": {"accuracy": 67.891}}}).splitlines() == expected
 
 
 def test_null_is_printed_as_not_measured() -> None:

@@ -152,11 +152,13 @@ def test_an_errors_text_has_no_line_breaks() -> None:
     assert utils.one_line(MemoryError()) == "MemoryError"
 
 
-def test_choosing_a_device() -> None:
+def test_choosing_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert utils.choose_device("cpu").type == "cpu"
     with pytest.raises(utils.UserError, match=r"cuda:99 is not there: .* Try --device cpu"):
         utils.choose_device("cuda:99")
-    assert utils.choose_device("auto").type in ("cpu", "cuda")
+    for available, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert utils.choose_device("auto").type == expected
 
 
 def test_all_threads_flush_denormals() -> None:

@@ -6,6 +6,7 @@ Takes some minutes, and needs CIFAR-100.
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -166,7 +167,7 @@ def growth(images_per_class: int, epochs: int) -> dict[str, float]:
         loader.set_epoch(epoch)
         train.train_one_epoch(state, loader, build_criterion(config))
     seconds = time.perf_counter() - start
-    return {"images": 100 * images_per_class * epochs, "epochs": epochs, "seconds": seconds, "rss_mb": peak()}
+    return {"images": len(loader) * loader.batch_size * epochs, "epochs": epochs, "seconds": seconds, "rss_mb": peak()}
 
 
 USUAL = ("plain", "tuned", "loader")  # what ours is compared with
@@ -182,12 +183,13 @@ PARTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def succeed(*arguments: str) -> str:
+def succeed(*arguments: str, **environment: str) -> str:
     """What a Python command prints. Raises UserError with the last line of its errors where it fails."""
-    done = subprocess.run([sys.executable, "-W", "ignore", *arguments], capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
-        command, reason = " ".join(" ".join(arguments).split()), done.stderr.strip().rpartition("\n")[2]
-        raise UserError(f"{command} failed. {reason}")
+        command, reasons = " ".join(" ".join(arguments).split()), re.findall(".*[a-z].*", done.stderr)
+        raise UserError(f"{command} failed. {['', *reasons][-1]}")
     return done.stdout
 
 
@@ -204,9 +206,9 @@ def run() -> dict[str, Any]:
     plain, tuned, ours, loader, batches = map(statistics.median, zip(*rounds, strict=True))
     graded = measure("grading")
     with tempfile.TemporaryDirectory() as folder:
-        start = median_seconds(lambda: succeed("-c", START, "--runs_dir", folder))
+        start = median_seconds(lambda: succeed("-c", START, "--device", "cpu", "--runs_dir", folder))
     return {
-        **provenance("auto"),
+        **provenance("cpu"),
         "cores": os.cpu_count(),
         "train_images_per_second": ours,
         "train_cpu_ratio": ours / plain,

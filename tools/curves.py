@@ -22,7 +22,7 @@ def read_log(path: Path) -> History:
         empty = {tuple(name for name, value in row.items() if value is None) for row in history}
         if empty not in ({()}, {("validation_loss", "validation_accuracy")}):
             raise ValueError("cells are empty")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, OverflowError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
     return history
 
@@ -42,13 +42,13 @@ def table(runs: dict[str, History]) -> str:
     return "\n".join(lines)
 
 
-def note(folder: Path) -> str:
+def note(name: str, folder: Path) -> str:
     """The settings in which a run differs from the preset or the defaults that it started from."""
     try:
         differences = changes(restore(json.loads((folder / "config.json").read_text())))
     except ValueError as error:
-        return f"{folder.name}: settings unknown ({error})"
-    return f"{folder.name} changed {', '.join(f'{k}={v}' for k, v in differences.items()) or 'nothing'}"
+        return f"{name}: settings unknown ({error})"
+    return f"{name} changed {', '.join(f'{k}={v}' for k, v in differences.items()) or 'nothing'}"
 
 
 @program("tools.curves")
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [folder.name for folder in arguments.runs]
     names = names if len(set(names)) == len(names) else [str(folder) for folder in arguments.runs]
     runs = {name: read_log(folder / "log.csv") for name, folder in zip(names, arguments.runs, strict=True)}
-    notes = [note(folder) for folder in arguments.runs]
+    notes = [note(name, folder) for name, folder in zip(names, arguments.runs, strict=True)]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     draw_curves(runs, arguments.output)
     print(table(runs), *notes, sep="\n")

@@ -171,7 +171,7 @@ def time_processes(threads: int) -> Figures:
     count = max(n for n in range(1, threads + 1) if LIKE.batch_size % n == 0)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
     part = ("-m", "tools.benchmark", "--part", PART)
-    rows = {"one": json.loads(succeed(*part)), "several": json.loads(succeed(*torchrun, *part))}
+    rows = {"one": json.loads(succeed(*part)), "several": json.loads(succeed(*torchrun, *part, OMP_NUM_THREADS="1"))}
     return {name: row["images"] / row["seconds"] for name, row in rows.items()} | {"count": count}
 
 

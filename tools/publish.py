@@ -23,7 +23,8 @@ import evaluate
 from checkpoint import PUBLISHED, CheckpointError, draw_curves, load, save, write_log
 from config import Config, OneLineParser, describe, restore
 from tools import calibrate
-from utils import UserError, atomic_write, choose_device, keep_freed_memory, one_line, program
+from tools.records import read_json
+from utils import UserError, atomic_write, choose_device, keep_freed_memory, program
 
 DOCS = Path("docs")
 NOTES = {
@@ -77,10 +78,7 @@ def read_record(path: Path, config: Config, again: bool) -> Record:
     """The record that is there already, of the same settings and not yet measured, or nothing. Raises UserError."""
     if not path.exists():
         return {}
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}. Repair it by hand") from error
+    record = read_json(path)
     if not isinstance(record, dict) or "config" not in record:
         raise UserError(f"{path} is not the record of a run. Give another --name")
     now = recipe(config) | {"seed": config.seed}
@@ -131,6 +129,12 @@ def publish(
     name = name or config.experiment
     path, log, curves = (DOCS / file for file in (f"results/{name}.json", f"logs/{name}.csv", f"curves/{name}.png"))
     before = read_record(path, config, again)
+    if taken := [str(file) for file in (log, curves) if file.exists() and not before.get("log")]:
+        raise UserError(f"{', '.join(taken)}: there already, without a record. Delete that, or give another --name")
+    if ship and ship.is_dir():
+        raise UserError(f"--ship {ship} is a folder. Give the name of a file")
+    for file in (path, log, curves, *([ship] if ship else [])):  # before the run is graded, which is done once
+        file.parent.mkdir(parents=True, exist_ok=True)
     row = last["history"][best["epoch"] - 1]
     model, _ = evaluate.load_model(run / "best.pth")
     model.to(choose_device("auto"), memory_format=torch.channels_last).load_state_dict(best["weights"])
@@ -163,12 +167,9 @@ def publish(
         "curves": str(curves),
         "note": NOTES[bool(config.validation_per_class)],
     }
-    for file in (path, log, curves):
-        file.parent.mkdir(parents=True, exist_ok=True)
     write_log(log, last["history"])
     draw_curves({name: last["history"]}, curves)
     if ship:
-        ship.parent.mkdir(exist_ok=True)
         provenance = {"run": record["run"], "test": test, "history": last["history"], "digests": data.SHA256}
         save(ship, best | provenance | {"temperature": temperature})
     atomic_write(path, lambda file: file.write(f"{json.dumps(record, indent=1, ensure_ascii=False)}\n".encode()))

@@ -41,7 +41,13 @@ def load_records(logs: Logs) -> Records:
             restore(record["config"])
         except ValueError as error:
             raise UserError(f"{path} has wrong settings: {error}. Repair it by hand") from error
+        if record["name"] != path.stem:
+            raise UserError(f"{path} has the name {record['name']}. Give it that of its file")
+        if missing := [file for file in (record["log"], record["curves"]) if file and not Path(file).exists()]:
+            raise UserError(f"{path} names {' and '.join(missing)}, which is missing. Put it back")
         record["history"] = logs[Path(record["log"]).stem] if record["log"] else []
+        if record["log"] and len(record["history"]) < record["best_epoch"]:
+            raise UserError(f"{record['log']} ends before epoch {record['best_epoch']}, the best in {path}. Fix one")
         for part in ("train", "validation") if record["log"] else ():
             for figure in ("accuracy", "loss"):
                 logged = record["history"][record["best_epoch"] - 1][f"{part}_{figure}"]

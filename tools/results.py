@@ -31,7 +31,7 @@ EXPERIMENTS_FIGURE = Path("docs/curves/experiments.png")
 
 def small_epoch(history: History, fraction: float) -> float:
     """Time of an epoch of small images over that of one of whole images, medians."""
-    small = int(fraction * len(history))
+    small = int(fraction * len(history) + 1e-9)  # as in augment.Loader
     seconds = [row["seconds"] for row in history]
     return statistics.median(seconds[:small]) / statistics.median(seconds[small:])
 
@@ -81,10 +81,8 @@ def fill(path: Path, blocks: dict[str, str]) -> str:
     return text
 
 
-def pages() -> tuple[dict[Path, str], Records]:
-    """The text of each file that this program writes, and the records that it was made from. Raises UserError."""
-    logs = load_logs()
-    records = load_records(logs)
+def texts(records: Records, logs: Logs) -> dict[Path, str]:
+    """The text of each file that this program writes."""
     readme = {
         "results": tables.claim_table(records),
         "times": tables.times_table(read_json(RESULTS / "times.json"), logs),
@@ -98,9 +96,21 @@ def pages() -> tuple[dict[Path, str], Records]:
         "floor": costs.floor_table(costs.read_latency()),
         "processes": costs.processes_line(costs.read_latency()),
     }
-    texts = {PAGE: results_page(records, logs), README: fill(README, readme)}
-    texts[PERFORMANCE] = fill(PERFORMANCE, performance)
-    return texts, records
+    return {
+        PAGE: results_page(records, logs),
+        README: fill(README, readme),
+        PERFORMANCE: fill(PERFORMANCE, performance),
+    }
+
+
+def pages() -> tuple[dict[Path, str], Records]:
+    """The text of each file that this program writes, and the records that it was made from. Raises UserError."""
+    logs = load_logs()
+    records = load_records(logs)
+    try:
+        return texts(records, logs), records
+    except KeyError as error:
+        raise UserError(f"docs/results or docs/logs lack {error}, which the pages show. Put it back") from error
 
 
 def draw(records: Records) -> list[Path]:
@@ -115,18 +125,18 @@ def draw(records: Records) -> list[Path]:
 @program("tools.results")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.results", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 unless all texts are up to date")
     arguments = parser.parse_args(argv)
-    texts, records = pages()
-    differing = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    written, records = pages()
+    differing = [path for path, text in written.items() if not path.exists() or path.read_text() != text]
     if arguments.check and differing:
         names = ", ".join(map(str, differing))
         raise UserError(f"{names}: not what docs/results and docs/logs say. Run: python -m tools.results")
     if not arguments.check:
         for path in differing:
-            atomic_write(path, lambda file, path=path: file.write(texts[path].encode()))
-    written = [] if arguments.check else [*differing, *draw(records)]
-    print(f"Up to date: {', '.join(map(str, texts))}", *(f"Written: {path}" for path in written), sep="\n")
+            atomic_write(path, lambda file, path=path: file.write(written[path].encode()))
+    changed = [] if arguments.check else [*differing, *draw(records)]
+    print(f"Up to date: {', '.join(map(str, written))}", *(f"Written: {path}" for path in changed), sep="\n")
     return 0
 
 
