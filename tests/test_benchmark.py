@@ -35,6 +35,13 @@ def test_the_programs_own_loop_is_timed(monkeypatch: pytest.MonkeyPatch) -> None
     assert benchmark.our_loop() > 0
 
 
+def test_the_images_of_a_growth_are_those_that_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of 100 images in batches of 64."""
+    monkeypatch.setattr(benchmark, "LIKE", TINY)
+    grown = benchmark.growth(1, 2)
+    assert grown["images"] == 2 * 64 and grown["epochs"] == 2 and grown["seconds"] > 0 and grown["rss_mb"] > 0
+
+
 def test_start_is_measured_up_to_the_first_step(tmp_path: Path) -> None:
     flags = [
         "--dataset",

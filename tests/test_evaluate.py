@@ -49,6 +49,14 @@ def test_grade(request: pytest.FixtureRequest, grade_lines: list[str]) -> None:
     assert 0 < result["accuracy"] <= result["top5"] <= 100
 
 
+def test_the_readmes_python_runs(cifar100: dict) -> None:
+    names: dict = {}
+    exec(Path("README.md").read_text().partition("```python\n")[2].partition("```")[0], names)
+    images = data.load_test("cifar100", "data").images[:8]
+    expected = evaluate.predict_logits(names["model"], images) / names["content"]["temperature"]
+    assert names["logits"].shape == (8, 100) and torch.allclose(names["logits"], expected, atol=1e-2)
+
+
 def test_without_data_the_grade_says_so_in_capitals() -> None:
     said, flops, size = grade_without_data(checkpoint.PUBLISHED).splitlines()
     assert said.startswith("ACCURACY NOT MEASURED: CIFAR-100 CANNOT BE HAD")

@@ -93,12 +93,12 @@ def sample_lines(history: History) -> str:
 
 
 def times_table(times: dict[str, Any], logs: Logs) -> str:
-    """How long each command takes on the machine that is named; where it has a log, what the log's epochs took."""
+    """How long each command takes on two cores of the CPU that is named; where it has a log, what its epochs took."""
     rows = []
     for row in times["times"]:
         seconds = sum(epoch["seconds"] for epoch in logs[Path(row["log"]).stem]) if "log" in row else row["cpu_seconds"]
-        rows.append([row["what"], duration(seconds), duration(row["gpu_seconds"])])
-    return table(f"each timed once | {times['machine']} | one CUDA GPU", rows)
+        rows.append([row["what"], duration(seconds), row["cpu"], duration(row["gpu_seconds"])])
+    return table("each timed once | 2 CPU cores | of | one CUDA GPU", rows)
 
 
 def scratch_table(records: Records) -> str:
