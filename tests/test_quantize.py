@@ -110,6 +110,14 @@ def test_calibration_never_reads_test_images(shipped: Path, monkeypatch) -> None
     assert quantize.read_onnx(content)(images()[0]).shape == (3, 100)
 
 
+def test_a_damaged_data_set_is_not_replaced_by_synthetic_images(tmp_path: Path) -> None:
+    (tmp_path / "cifar100.npz").write_bytes(b"damaged")
+    with pytest.raises(data.DataError, match="is damaged"):
+        quantize.training_images("cifar100", str(tmp_path))
+    with pytest.raises(data.DataError, match="is damaged"):
+        export.check_images("cifar100", str(tmp_path))
+
+
 def test_calibration_without_the_data_set_says_so(monkeypatch) -> None:
     def missing(path: Path) -> None:
         raise data.DataError("no network")

@@ -56,11 +56,8 @@ def to_pt2(exported: torch.export.ExportedProgram, properties: dict[str, str]) -
 
 def check_images(dataset: str, data_dir: str) -> tuple[Tensor, str]:
     """Test images spread over all classes, uint8 (1000, 3, 32, 32), and what they are."""
-    try:
-        images, what = data.load_test(dataset, data_dir).images, f"{dataset} test images"
-    except data.DataError:
-        images, what = data.load_test("synthetic", data_dir).images, "synthetic images (CIFAR-100 cannot be had)"
-    return images[:: len(images) // CHECKED][:CHECKED], what
+    images, name = quantize.or_synthetic(lambda name: data.load_test(name, data_dir), dataset, data_dir)
+    return images[:: len(images) // CHECKED][:CHECKED], f"{name} test images"
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import data
 from config import Config
+from data import Images
 from utils import UserError
 
 Run = Callable[[Tensor], Tensor]  # uint8 (N, 32, 32, 3) to probabilities (N, 100)
@@ -56,14 +57,25 @@ def spread_out(images: Tensor, count: int) -> Tensor:
     return images[:: len(images) // count][:count].permute(0, 2, 3, 1).contiguous()
 
 
+def or_synthetic(load: Callable[[str], Images], dataset: str, data_dir: str) -> tuple[Tensor, str]:
+    """The images that `load` gives for a data set, and its name; the synthetic ones where CIFAR-100 cannot be had.
+
+    Raises DataError where it is there but damaged.
+    """
+    try:
+        return load(dataset).images, dataset
+    except data.DataError:
+        if Path(data_dir, "cifar100.npz").exists():
+            raise
+        return load("synthetic").images, "synthetic (CIFAR-100 cannot be had)"
+
+
 def training_images(dataset: str, data_dir: str) -> tuple[Tensor, str]:
     """The images that a run with default settings trains on, and what they are."""
-    try:
-        train, _ = data.load_training(dataset, data_dir, Config.validation_per_class)
-        return train.images, f"{dataset} training images"
-    except data.DataError:
-        images = data.load_training("synthetic", data_dir, Config.validation_per_class)[0].images
-        return images, "synthetic images (CIFAR-100 cannot be had), so expect a larger drop"
+    images, name = or_synthetic(
+        lambda name: data.load_training(name, data_dir, Config.validation_per_class)[0], dataset, data_dir
+    )
+    return images, f"{name} training images"
 
 
 def quantize(source: Path, images: Tensor) -> bytes:
