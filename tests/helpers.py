@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import signal
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -90,15 +90,14 @@ def end_state(folder: Path) -> str:
     return digest(checkpoint.load(folder / "last.pth")["state"])
 
 
-def flags(config: Config) -> list[str]:
-    """The command line that gives these settings."""
+def flags(**settings: Any) -> list[str]:
+    """The command line of train.py that gives these settings."""
     words = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.type is bool:
-            words.append(f"--{f.name}" if value else f"--no-{f.name}")
-        elif f.name != "experiment":
-            words += [f"--{f.name}", str(value)]
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif (name, value) != ("experiment", "default"):  # which is no preset
+            words += [f"--{name}", str(value)]
     return words
 
 

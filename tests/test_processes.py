@@ -18,23 +18,13 @@ import data
 import train
 import utils
 from augment import Loader, build_loader
-from tests.helpers import EVERYTHING, TINY, change_settings, log_rows
+from tests.helpers import EVERYTHING, TINY, change_settings, flags, log_rows
 from utils import UserError
 
 CPU = torch.device("cpu")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
 # 700 images, 10 steps an epoch; AdamW would turn rounding into steps of full size where a gradient is nearly 0.
 SHORT = {"images_per_class": 10, "batch_size": 64, "epochs": 2, "optimizer": "sgd", "lr": 0.02, "warmup_epochs": 0}
-
-
-def flags(**settings: object) -> list[str]:
-    """Settings as flags of train.py."""
-    switches = {True: "--{}", False: "--no-{}"}
-    return [
-        word
-        for name, value in settings.items()
-        for word in ([switches[value].format(name)] if isinstance(value, bool) else [f"--{name}", str(value)])
-    ]
 
 
 def command(runs_dir: Path, **settings: object) -> list[str]:
@@ -80,6 +70,7 @@ def test_each_process_has_its_own_batch_norm_statistics(tmp_path: Path) -> None:
     """With batch norm the weights are those of a plain loop over both halves, each normalised by itself."""
     folder, _ = run(*TORCHRUN, *command(tmp_path, small_fraction=0.0, epochs=1))
     config = replace(TINY, **SHORT | {"epochs": 1, "small_fraction": 0.0})
+    utils.setup_torch("cpu", 1, False)  # as in the processes; rounding grows from step to step
     state = train.TrainState(config, CPU)
     start = copy.deepcopy(state.model.state_dict())
     halves = [build_loader(config, CPU, rank, 2)[0] for rank in range(2)]

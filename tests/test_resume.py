@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def test_a_signal_before_the_first_step_leaves_no_run(
         raise AssertionError("it went on")
 
     monkeypatch.setattr(train, "build_loader", wait)
-    assert train.main(flags(tiny)) == 128 + number
+    assert train.main(flags(**asdict(tiny))) == 128 + number
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == "Stopped before any step"
     assert err == ""
@@ -165,7 +165,7 @@ def start(command: list[str]) -> subprocess.Popen:
 def test_signals_stop_at_once_and_give_the_command(tiny: Config, number: int) -> None:
     """An epoch of this run has 234 steps and takes half a minute at least."""
     config = replace(tiny, images_per_class=0, validation_per_class=50, small_fraction=0.0)
-    process = start([sys.executable, "train.py", *flags(config)])
+    process = start([sys.executable, "train.py", *flags(**asdict(config))])
     while "Epoch 1/2" not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     process.send_signal(number)
@@ -183,7 +183,7 @@ def test_signals_stop_at_once_and_give_the_command(tiny: Config, number: int) ->
 def test_the_printed_command_goes_on_bit_exactly(tiny: Config) -> None:
     """Stopped by SIGTERM in the second epoch; the runs' folder has a name that a shell would split."""
     config = replace(tiny, runs_dir=f"{tiny.runs_dir} of $me")
-    process = start([sys.executable, "train.py", *flags(config)])
+    process = start([sys.executable, "train.py", *flags(**asdict(config))])
     while "Epoch 2/2" not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     process.send_signal(signal.SIGTERM)

@@ -107,7 +107,7 @@ def test_speed_and_time_of_an_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatc
 def test_the_program_ends_with_a_summary(tiny: Config, capsys: pytest.CaptureFixture, handlers: None) -> None:
     """It names the best epoch and the folder, and the command to grade it, quoted for the shell."""
     config = replace(tiny, epochs=1, images_per_class=4, runs_dir=tiny.runs_dir + " of $me")
-    assert train.main(flags(config)) == 0
+    assert train.main(flags(**asdict(config))) == 0
     (folder,) = Path(config.runs_dir).iterdir()
     best, where, grade = capsys.readouterr().out.splitlines()[-3:]
     accuracy = checkpoint.load(folder / "best.pth")["metrics"]["validation_accuracy"]
@@ -177,7 +177,7 @@ def test_a_failing_torch_compile_is_one_line(
         raise torch._dynamo.exc.TorchDynamoException("no compiler\n\n  was found")
 
     monkeypatch.setattr(torch, "compile", fail if when == "at once" else lambda *_, **more: fail)
-    assert train.main(flags(replace(tiny, epochs=1, images_per_class=4, compile=True))) == 1
+    assert train.main(flags(**asdict(replace(tiny, epochs=1, images_per_class=4, compile=True)))) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "train.py: error: torch.compile failed: no compiler was found. Train without --compile"
 
@@ -209,7 +209,7 @@ def test_a_device_that_is_not_there_is_one_line(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, handlers: None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert train.main(flags(replace(tiny, device="cuda:7"))) == 1
+    assert train.main(flags(**asdict(replace(tiny, device="cuda:7")))) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "train.py: error: cuda:7 is not there: torch sees 1 CUDA devices. Try --device cpu"
     assert not Path(tiny.runs_dir).exists()
