@@ -69,7 +69,7 @@ def one_line(error: Exception) -> str:
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write` fill a temporary file, sync it to the disk and rename it to `path`: a reader sees all or nothing.
 
-    Raises UserError where the disk is full, or the folder read-only or gone; an older file then stays as it was.
+    Raises UserError where `path` is a folder, the disk full, or the folder read-only or gone; an older file then stays.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder. Give the name of a file")
