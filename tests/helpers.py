@@ -137,3 +137,8 @@ def tempered(planes: torch.Tensor, model: nn.Module, temperature: float) -> torc
     """Probabilities (N, 100) of the model for uint8 (N, 3, 32, 32), by hand."""
     with torch.inference_mode():
         return (model(data.normalise(planes)) / temperature).softmax(1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """A CPU generator with that seed."""
+    return torch.Generator().manual_seed(seed)
