@@ -75,12 +75,9 @@ def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Te
     images = images.to(torch.float32, memory_format=torch.channels_last)
     count = round(fraction * len(images))
     level = 2 * torch.rand(count, 1, 1, 1, device=images.device, generator=generator) - 1
-    slices = zip(images[:count].tensor_split(len(OPERATIONS)), level.tensor_split(len(OPERATIONS)), strict=True)
-    changed = [
-        operation(part, strength).clamp(0, 255)
-        for operation, (part, strength) in zip(OPERATIONS.values(), slices, strict=True)
-        if len(part)
-    ]
+    parts, levels = images[:count].tensor_split(len(OPERATIONS)), level.tensor_split(len(OPERATIONS))
+    triples = zip(OPERATIONS.values(), parts, levels, strict=True)
+    changed = [operation(part, strength).clamp(0, 255) for operation, part, strength in triples if len(part)]
     return torch.cat([*changed, images[count:]])
 
 
@@ -125,7 +122,7 @@ def sharpness(images: Tensor, level: Tensor) -> Tensor:
 
 def posterize(images: Tensor, level: Tensor) -> Tensor:
     """Keep 8 to 4 bits of each value."""
-    step = 2 ** (4 * level.abs()).round()
+    step = 1 << (4 * level.abs()).round().int()
     return (images / step).floor() * step
 
 
@@ -201,7 +198,9 @@ class Loader:
     def cache_key(self) -> str:
         """A name for the epoch's images: epochs of the same name have the same ones, in the same order."""
         shard = f"-{self.shard.start + 1}of{self.shard.step}" if self.shard.step not in (None, 1) else ""
-        return f"{self.repeated_epoch}{shard}-{self.labels.device.type}"  # devices draw other random numbers
+        device = self.labels.device  # GPUs of different models draw different random numbers, and a CPU others again
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        return f"{self.repeated_epoch}{shard}-{''.join(filter(str.isalnum, name))}"
 
     def resize(self, images: Tensor) -> Tensor:
         """The images as the model sees them in this epoch: 24x24 or as they are. A teacher sees them as they are."""
@@ -233,6 +232,7 @@ class Loader:
             images = cutout(images, config.cutout, generator)
         if self.mixers and torch.rand(()).item() < config.mix_prob:
             images, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](images, labels)
+            images = images.contiguous(memory_format=torch.channels_last)  # on a GPU mixup loses it
         return images, labels
 
 

@@ -202,9 +202,9 @@ def train(config: Config, folder: Path | None = None) -> Path:
         go_on = f"Go on with: python train.py --resume {shlex.quote(str(folder))}"
         print(f"\nStopped. {go_on}" if folder else "\nStopped before any step", flush=True)
         raise
-    except torch.OutOfMemoryError as error:
-        raise UserError("the GPU's memory is too small for this run. Try a lower --batch_size") from error
     except RuntimeError as error:
+        if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):  # CUDA and its libraries: several classes
+            raise UserError("the GPU's memory is too small for this run. Free some, or lower --batch_size") from error
         if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise UserError(f"torch.compile failed: {utils.one_line(error)}. Train without --compile") from error
         raise

@@ -153,7 +153,7 @@ def process_group(device: str) -> Iterator[None]:
         return
     if ":" in device:
         raise UserError(f"several processes cannot share {device}. Give --device cuda")
-    cuda = choose_device(device).type == "cuda"
+    cuda = device != "cpu" and torch.cuda.is_available()
     if cuda and (gpu := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
         raise UserError(f"there is no GPU for process {gpu + 1}: torch sees {torch.cuda.device_count()}. Start fewer")
     try:
@@ -173,10 +173,15 @@ def process_group(device: str) -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is any, else the CPU. Raises UserError."""
-    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise UserError(f"{name} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Try --device cpu")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device of that name; "auto" is CUDA where there is any, else the CPU. Raises UserError where it is not there,
+    its driver is too old, another process holds it, or torch has no kernels for it."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    try:
+        torch.ones(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{device} cannot be used: {reason}. Try --device cpu, or CUDA_VISIBLE_DEVICES=") from error
+    return device
 
 
 def setup_torch(device: str, threads: int, deterministic: bool) -> torch.device:

@@ -3,20 +3,26 @@
 import csv
 import hashlib
 import json
+import shutil
 import signal
+import sysconfig
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 import checkpoint
 import data
+import train
+from augment import Loader, build_loader
 from config import Config, preset
 from data import synthetic
+from optim import build_criterion
 
 # A run of some seconds: 500 training and 300 validation images of the synthetic set, 7 steps an epoch.
 # It starts from a preset, so that a default can be edited and the suite still passes.
@@ -33,7 +39,28 @@ EVERYTHING = {  # the parts of a recipe that hold a state or draw random numbers
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FILES = ["best.pth", "config.json", "curves.png", "last.pth", "log.csv"]  # of a run
 SCRATCH = Path("checkpoints/scratch.pth")  # trained weights, and no temperature
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile needs a C++ compiler and Python's headers",
+)
 PER_CLASS = {"train": 3, "test": 2}  # images a class of the small data set
+
+
+def started(config: Config) -> tuple[train.TrainState, Loader]:
+    """A run before its first step."""
+    torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    return train.TrainState(config, device), build_loader(config, device)[0]
+
+
+def train_epochs(state: train.TrainState, loader: Loader, epochs: int) -> list[train.Meter]:
+    """Train so many epochs as a run does, without its files."""
+    meters, criterion = [], build_criterion(state.config)
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        meters.append(train.train_one_epoch(state, loader, criterion))
+        state.scheduler.step()
+    return meters
 
 
 class Bomb:

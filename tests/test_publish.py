@@ -100,7 +100,7 @@ def test_a_temperature_is_fitted_on_validation_images(run: Path, monkeypatch: py
     ((outputs, labels),) = fits
     validation = data.load_training("cifar100", ".", 1)[1]
     expected = evaluate.predict_logits(evaluate.load_model(run / "best.pth")[0], validation.images)
-    assert len(labels) == 100 and outputs.allclose(expected, atol=1e-3)
+    assert len(labels) == 100 and outputs.cpu().allclose(expected, atol=1e-3)
     temperature = json.loads(RECORD.read_text())["temperature"]
     assert temperature == pytest.approx(fit(expected, validation.labels), rel=1e-3) and temperature != 1
     assert checkpoint.load(checkpoint.PUBLISHED)["temperature"] == temperature

@@ -1,40 +1,18 @@
 """A training step: what each setting changes in it, precision, compiling, no waiting for the device."""
 
 import copy
-import shutil
-import sysconfig
 from collections import Counter
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import train
-from augment import Loader, build_loader
 from config import Config
 from model import BLOCKS, InvertedResidual
 from optim import Teacher, build_criterion
-from tests.helpers import EVERYTHING, TINY
-
-
-def started(config: Config) -> tuple[train.TrainState, Loader]:
-    """A run before its first step."""
-    torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
-    return train.TrainState(config, device), build_loader(config, device)[0]
-
-
-def train_epochs(state: train.TrainState, loader: Loader, epochs: int) -> list[train.Meter]:
-    """Train so many epochs as a run does, without its files."""
-    meters, criterion = [], build_criterion(state.config)
-    for epoch in range(epochs):
-        loader.set_epoch(epoch)
-        meters.append(train.train_one_epoch(state, loader, criterion))
-        state.scheduler.step()
-    return meters
-
+from tests.helpers import TINY, needs_compiler, started, train_epochs
 
 # One step an epoch on 100 images, the first epoch of 8 on 24x24 pixels.
 ONE_STEP = replace(TINY, images_per_class=4, epochs=8, small_fraction=0.125)
@@ -125,12 +103,6 @@ def test_a_cpu_trains_in_float32_without_a_scaler() -> None:
     assert not state.scaler.is_enabled()
 
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
-    reason="torch.compile needs a C++ compiler and Python's headers",
-)
-
-
 @needs_compiler
 def test_compiled_and_eager_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and gradients of a block with squeeze-and-excitation; the whole model takes a minute to compile."""
@@ -186,19 +158,3 @@ def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == {}
     assert meter.compute()[0] > 0
     assert counts == {"tolist": 1}, "the counter counts"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_cuda_step_never_synchronises() -> None:
-    config = replace(TINY, device="cuda", **EVERYTHING)
-    state, loader = started(config)
-    train_epochs(state, loader, config.epochs)  # first use may set up
-    criterion = build_criterion(config)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for epoch in range(config.epochs):
-            loader.set_epoch(epoch)
-            meter = train.train_one_epoch(state, loader, criterion)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert meter.sums.isfinite().all()

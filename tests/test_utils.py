@@ -153,12 +153,20 @@ def test_an_errors_text_has_no_line_breaks() -> None:
 
 
 def test_choosing_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert utils.choose_device("cpu").type == "cpu"
-    with pytest.raises(utils.UserError, match=r"cuda:99 is not there: .* Try --device cpu"):
-        utils.choose_device("cuda:99")
+    tried = []
+    monkeypatch.setattr(torch, "ones", lambda count, device: tried.append(device.type))
     for available, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        assert utils.choose_device("auto").type == expected
+        assert utils.choose_device("auto").type == tried[-1] == expected
+
+
+def test_a_gpu_that_cannot_compute_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise torch.AcceleratorError("CUDA error: no kernel image is available\nCUDA kernel errors might be reported")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(utils.UserError, match=r"^cuda cannot be used: CUDA error: no kernel image is available\. Try"):
+        utils.choose_device("cuda")
 
 
 def test_all_threads_flush_denormals() -> None:
