@@ -232,7 +232,7 @@ class Loader:
             images = cutout(images, config.cutout, generator)
         if self.mixers and torch.rand(()).item() < config.mix_prob:
             images, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](images, labels)
-            images = images.contiguous(memory_format=torch.channels_last)  # on a GPU mixup loses it
+            images = images.contiguous(memory_format=torch.channels_last)  # MixUp loses it on CUDA
         return images, labels
 
 

@@ -179,8 +179,8 @@ def choose_device(name: str) -> torch.device:
     try:
         torch.ones(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{device} cannot be used: {reason}. Try --device cpu, or CUDA_VISIBLE_DEVICES=") from error
+        what = f"{device} cannot be used: " + str(error).partition("\n")[0]
+        raise UserError(f"{what}. Try --device cpu, or set CUDA_VISIBLE_DEVICES=''") from error
     return device
 
 

@@ -45,14 +45,14 @@ sys.exit(train.main())
 
 
 @pytest.fixture
-def sync_is_an_error() -> Iterator[None]:
-    """A call that waits for the device raises."""
+def sync_mode_again() -> Iterator[None]:
+    """Puts CUDA's own mode back, in which waiting for the device is no error."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("teacher", [False, True], ids=["alone", "taught"])
-def test_a_step_never_synchronises(teacher: bool, sync_is_an_error: None) -> None:
+def test_a_step_never_synchronises(teacher: bool, sync_mode_again: None) -> None:
     config = replace(ON_DEVICE, **EVERYTHING)
     state, loader = started(config)
     if teacher:

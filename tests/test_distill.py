@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,16 +203,6 @@ def test_views_repeat_only_where_asked(tiny: Config) -> None:
             names.append(loader.cache_key)
         assert torch.equal(*images) == (names[0] == names[1]) == same
         assert sides == [24, 32]
-
-
-def test_kept_logits_are_of_one_model_of_gpu(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As others draw other views."""
-    loader, _ = build_loader(tiny, CPU)
-    assert loader.cache_key == "0-cpu"
-    loader.labels = SimpleNamespace(device=torch.device("cuda:1"))
-    for gpu, key in (("NVIDIA H100 80GB/HBM3", "0-NVIDIAH10080GBHBM3"), ("Tesla T4", "0-TeslaT4")):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
-        assert loader.cache_key == key
 
 
 def test_bad_input_is_one_line(tiny: Config, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The loader: its batches, order and seeds, small images and mixing."""
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,3 +134,13 @@ def test_mix_prob_is_the_fraction_of_mixed_batches(images: Tensor) -> None:
     loader = augment.Loader(train, replace(PLAIN, mixup=1.0, mix_prob=0.3))
     mixed = sum(loader.augment(index, seeded())[1].ndim == 2 for _ in range(300))
     assert 65 <= mixed <= 115
+
+
+def test_epochs_of_another_model_of_gpu_have_other_names(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It draws other random numbers."""
+    loader = augment.Loader(data.Images(images, torch.arange(100)), PLAIN)
+    assert loader.cache_key == "0-cpu"
+    loader.labels = SimpleNamespace(device=torch.device("cuda:1"))
+    for gpu, key in (("NVIDIA H100 80GB/HBM3", "0-NVIDIAH10080GBHBM3"), ("Tesla T4", "0-TeslaT4")):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
+        assert loader.cache_key == key
