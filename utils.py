@@ -222,8 +222,8 @@ def provenance(device: str) -> dict[str, str | None]:
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from returning freed memory to the system: on a CPU the page faults that follow cost a quarter of a
-    training step, and most of the time of grading."""
+    """Stop glibc from returning freed memory to the system: on a CPU the page faults that follow slow down training
+    and grading."""
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD (bytes), M_ARENA_MAX; their numbers stand in its malloc.h
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 16 * 2**20), (-8, 1)):
