@@ -214,7 +214,7 @@ def test_flags_override_a_preset() -> None:
         ["--lr", "nan"],
         ["--experiment", "result7"],
         ["--device", "tpu"],
-        ["--schedule", "linear"],
+        ["--schedule", "no_such"],
         ["--schedule", "cosine", "--lr_step", "4"],
         ["--resume", "runs/x", "--device", "tpu"],
         ["--small_share", "0.5"],

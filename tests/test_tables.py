@@ -35,10 +35,10 @@ def test_fractions_agree_or_not() -> None:
     assert "| `result1` | 80.00 % | 100.00 % | 50.00 % | 60.00 % |" in text
     assert "| `result3` | 80.00 % | not measured | not measured | not measured |" in text
     assert "\n\n2 of 6 fractions can be computed. They lie between 56.0 and 60.0 %" in text
-    assert text.endswith("4.0 points apart: they agree within 5 points.")
+    assert text.endswith("4.0 points apart:\nthey agree within 5 points, so one f fits all claims.")
     records["result2"] = run("result2", 50, test=40) | {"train": {"accuracy": 90}}
     assert "| `result2` | 50.00 % | 90.00 % (running) | 40.00 % | 20.00 % |" in experiments.fractions(records)
-    assert "do not agree within 5 points" in experiments.fractions(records)
+    assert "do not agree within 5 points, so no one f fits all claims" in experiments.fractions(records)
 
 
 def test_a_gain_is_compared_with_the_claim() -> None:
@@ -48,6 +48,7 @@ def test_a_gain_is_compared_with_the_claim() -> None:
     assert "The opposite holds" in experiments.compare(run("result2", 85, test=46), base)
     # Two standard errors of a difference near 50 % on 10,000 images: 2 * sqrt(2 * 0.25 / 10,000) = 1.41 points.
     assert "two standard errors are 1.41 points" in experiments.compare(run("result2", 85, test=51), base)
+    assert "Equal: both have the same weights" in experiments.compare(run("result2", 85, test=50), base)
     assert "claimed +5.00 points; not measured (`result2`)" in experiments.compare(run("result2", 85), base)
 
 
@@ -105,16 +106,17 @@ def test_a_run_of_no_other_table_has_a_section_of_its_own() -> None:
         assert "## Other runs" in text and f"| `{name}` | how |" in text and "70.00 %" in text
 
 
-def test_the_claim_stands_beside_both_shipped_files() -> None:
+def test_the_claim_is_beside_the_run_of_its_own_recipe() -> None:
     cost = {"operations": 5, "size_kb": 7}
     records = {
         name: run(name, 0, test=test) | {"config": {"epochs": epochs}, "seed": 0, "cost": cost}
-        for name, test, epochs in ((SHIPPED, 75, 1), (UNTAUGHT, 73, 2))
+        for name, test, epochs in ((SHIPPED, 75, 1), (UNTAUGHT, 73, 2), ("result6", 47, 3))
     }
-    records["result6"] = {"claimed": {"accuracy": 87, "operations": 5, "size_kb": 7}, "test": None}
-    *_, taught, untaught = tables.claim_table(records).splitlines()
+    records["result6"]["claimed"] |= {"accuracy": 87, "operations": 5, "size_kb": 7}
+    *_, taught, untaught, best = tables.claim_table(records).splitlines()
     assert "`published.pth`" in taught and "75.00 %" in taught and "87.00 %" not in taught
-    assert "`scratch.pth`" in untaught and "73.00 %" in untaught and "87.00 %" in untaught
+    assert "`scratch.pth`" in untaught and "73.00 %" in untaught and "87.00 %" not in untaught
+    assert "`result6`" in best and "47.00 %" in best and "87.00 %" in best
 
 
 def test_a_difference_is_held_against_its_standard_error() -> None:

@@ -53,7 +53,9 @@ def compare(run: Record, base: Record) -> str:
     ours, theirs = accuracy(run, "test"), accuracy(base, "test")
     gain = ours - theirs
     outcome = "The direction holds" if gain * claimed > 0 else "The opposite holds"
-    if abs(gain) < noise(run, base):
+    if run["test"] == base["test"]:
+        outcome = "Equal: both have the same weights"
+    elif abs(gain) < noise(run, base):
         outcome = f"Too small to tell: two standard errors are {noise(run, base):.2f} points"
     return f"{text}\n  measured {gain:+.2f} points, {percent(ours)} against {percent(theirs)}. {outcome}."
 
@@ -82,7 +84,10 @@ def fractions(records: Records) -> str:
     text = f"{len(known)} of {len(EXPERIMENTS)} fractions can be computed"
     if any(test != tests[0] for test in tests):  # runs of the same weights say nothing of each other
         apart = max(known) - min(known)
-        text += f". They lie between {min(known):.1f} and {max(known):.1f} %, {apart:.1f} points apart: they "
-        text += f"{'agree' if apart <= FEW_POINTS else 'do not agree'} within {FEW_POINTS} points"
+        text += f". They lie between {min(known):.1f} and {max(known):.1f} %, {apart:.1f} points apart:\n"
+        if apart <= FEW_POINTS:
+            text += f"they agree within {FEW_POINTS} points, so one f fits all claims"
+        else:
+            text += f"they do not agree within {FEW_POINTS} points, so no one f fits all claims"
     head = "name | claimed, unpublished file | measured: own training images | official test set | f"
     return f"{table(head, rows)}\n\n{text}."
