@@ -129,7 +129,8 @@ def read(path: Path, name: str) -> np.ndarray:
     except PermissionError as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
     except Exception as error:  # a damaged file raises nearly anything
-        raise DataError(f"{path} is damaged: {one_line(error)}. Delete it and run again to build it anew.") from error
+        reason = one_line(error).partition(". ")[0]  # numpy goes on with advice to open it all the same
+        raise DataError(f"{path} is damaged: {reason}. Delete it and run again to build it anew") from error
     return images
 
 
