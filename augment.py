@@ -68,15 +68,17 @@ def cutout(images: Tensor, side: int, generator: Generator) -> Tensor:
 def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Tensor:
     """Give a fraction of the images one operation each, with a random strength (TrivialAugment: Müller, Hutter, 2021).
 
-    Takes (N, 3, H, W) of any type in a random order, returns float32. The batch is cut into one slice for each
-    operation, so that nothing depends on values that a GPU would have to be waited for; the strengths are those of
-    RandAugment (Cubuk et al., 2020), milder than the paper's.
+    Takes (N, 3, H, W) of any type in a random order, returns float32. Each operation has a slice of the batch, so that
+    nothing waits for a GPU. The strengths are those of RandAugment (Cubuk et al., 2020), milder than the paper's.
     """
     images = images.to(torch.float32, memory_format=torch.channels_last)
     count = round(fraction * len(images))
     level = 2 * torch.rand(count, 1, 1, 1, device=images.device, generator=generator) - 1
     parts, levels = images[:count].tensor_split(len(OPERATIONS)), level.tensor_split(len(OPERATIONS))
-    triples = zip(OPERATIONS.values(), parts, levels, strict=True)
+    operations = list(OPERATIONS.values())
+    if count < len(operations):  # then some slices are empty: other ones in each batch
+        operations = [operations[i] for i in torch.randperm(len(operations), generator=generator, device=images.device)]
+    triples = zip(operations, parts, levels, strict=True)
     changed = [operation(part, strength).clamp(0, 255) for operation, part, strength in triples if len(part)]
     return torch.cat([*changed, images[count:]])
 
@@ -237,10 +239,8 @@ class Loader:
 
 
 def build_loader(config: Any, device: torch.device, rank: int = 0, world_size: int = 1) -> tuple[Loader, Images]:
-    """Returns the loader of a run's training images, and its validation images, on the device. Raises UserError.
-
-    Each of several processes makes the same whole batches and takes the images rank, rank + world_size, ... of each.
-    """
+    """The loader of a run's training images, and its validation images, on the device. Several processes make
+    the same whole batches, and each takes the images rank, rank + world_size, ... of them. Raises UserError."""
     train, validation = load_training(
         config.dataset, config.data_dir, config.validation_per_class, config.images_per_class
     )

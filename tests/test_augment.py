@@ -1,6 +1,7 @@
 """The operations of augmentation against plain per-image references."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -112,6 +113,19 @@ def test_trivial_augment_changes_its_fraction_of_the_images(images: Tensor) -> N
     assert torch.equal(
         augment.trivial_augment(images[:5], 1.0, seeded()), augment.trivial_augment(images[:5], 1.0, seeded())
     )
+
+
+def test_few_images_are_not_always_given_the_same_operations(images: Tensor, monkeypatch) -> None:
+    """A batch of fewer images than operations leaves some out; over many batches none is always left out."""
+    used = set()
+
+    def note(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda images, level: (used.add(name), images)[1]
+
+    monkeypatch.setattr(augment, "OPERATIONS", {name: note(name) for name in augment.OPERATIONS})
+    for seed in range(40):
+        augment.trivial_augment(images[:4], 1.0, seeded(seed))
+    assert used == augment.OPERATIONS.keys()
 
 
 def test_trivial_augment_stays_in_range_and_goes_both_ways(images: Tensor) -> None:

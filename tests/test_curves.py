@@ -52,6 +52,11 @@ def test_the_figure_shows_each_column_in_its_place(tmp_path: Path, monkeypatch: 
     assert [(label, y) for label, y in drawn if isinstance(y, list)] == expected  # a marker is no list
 
 
+def test_a_name_with_a_dollar_sign_is_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / r"cost$\frac$", Config(), [10.0, 30.0])
+    assert curves.main([str(run), "--output", str(tmp_path / "curves.png")]) == 0
+
+
 def test_an_older_runs_missing_setting_is_off(tmp_path: Path) -> None:
     """Also under a setting's old name. A setting that is not known is named."""
     stored = asdict(Config(**preset("result6"), experiment="result6"))
