@@ -76,7 +76,7 @@ def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Te
     level = 2 * torch.rand(count, 1, 1, 1, device=images.device, generator=generator) - 1
     parts, levels = images[:count].tensor_split(len(OPERATIONS)), level.tensor_split(len(OPERATIONS))
     operations = list(OPERATIONS.values())
-    if count < len(operations):  # then some slices are empty: other ones in each batch
+    if count < len(operations):  # some slices are empty: others in each batch; waits for a GPU
         operations = [operations[i] for i in torch.randperm(len(operations), generator=generator, device=images.device)]
     triples = zip(operations, parts, levels, strict=True)
     changed = [operation(part, strength).clamp(0, 255) for operation, part, strength in triples if len(part)]

@@ -48,7 +48,7 @@ def test_a_gain_is_compared_with_the_claim() -> None:
     assert "The opposite holds" in experiments.compare(run("result2", 85, test=46), base)
     # Two standard errors of a difference near 50 % on 10,000 images: 2 * sqrt(2 * 0.25 / 10,000) = 1.41 points.
     assert "two standard errors are 1.41 points" in experiments.compare(run("result2", 85, test=51), base)
-    assert "Equal: both have the same weights" in experiments.compare(run("result2", 85, test=50), base)
+    assert "Equal: all their test figures are the same" in experiments.compare(run("result2", 85, test=50), base)
     assert "claimed +5.00 points; not measured (`result2`)" in experiments.compare(run("result2", 85), base)
 
 

@@ -54,7 +54,7 @@ def compare(run: Record, base: Record) -> str:
     gain = ours - theirs
     outcome = "The direction holds" if gain * claimed > 0 else "The opposite holds"
     if run["test"] == base["test"]:
-        outcome = "Equal: both have the same weights"
+        outcome = "Equal: all their test figures are the same"
     elif abs(gain) < noise(run, base):
         outcome = f"Too small to tell: two standard errors are {noise(run, base):.2f} points"
     return f"{text}\n  measured {gain:+.2f} points, {percent(ours)} against {percent(theirs)}. {outcome}."
