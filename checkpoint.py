@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import pickle
 import zipfile
 from datetime import datetime
@@ -172,7 +173,8 @@ def draw_curves(runs: dict[str, History], path: Path) -> None:
     """
     from matplotlib.figure import Figure  # here, as its import takes a second
 
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    legend_rows = math.ceil(len(runs) / 2)
+    figure = Figure(figsize=(9, 4.2 + 0.18 * max(0, legend_rows - 3)), layout="constrained")
     if len(runs) > 1:
         figure.suptitle("train dashed, validation solid, its best epoch marked", fontsize=11)
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):

@@ -88,16 +88,16 @@ class Config:
         for f in fields(self):
             check_value(f, getattr(self, f.name))
         if 0 < self.images_per_class <= self.validation_per_class:
-            raise ValueError(
-                f"images_per_class {self.images_per_class} must be above validation_per_class "
-                f"{self.validation_per_class}, or nothing is left to train on"
-            )
+            raise ValueError(f"images_per_class must be 0 or above validation_per_class {self.validation_per_class}")
         if self.schedule == "cosine" and self.lr_step:
             raise ValueError(f"lr_step {self.lr_step} has no meaning with schedule cosine; use 0")
         if self.pretrained and self.model == "mobilenetv3":
             raise ValueError("pretrained needs a timm model: there are no ImageNet weights of mobilenetv3")
-        if self.teacher_views and self.teacher == "none":
-            raise ValueError(f"teacher_views {self.teacher_views} needs a teacher: it repeats what the model sees")
+        if self.pretrained and self.weights != "none":
+            raise ValueError("pretrained and weights are two starts: with weights give --no-pretrained")
+        for name in ("teacher_views", "label_weight"):
+            if getattr(self, name) and self.teacher == "none":
+                raise ValueError(f"{name} {getattr(self, name)} has no meaning without a teacher; use 0")
         if self.teacher_views and self.dropout:
             raise ValueError("teacher_views needs dropout 0: dropout and mixing share one random generator")
 
@@ -239,7 +239,7 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         # A resumed run brings its own settings; only the machine's are checked here.
         start = preset(given["experiment"]) if "experiment" in given else {}
-        config = Config(**({k: given[k] for k in MACHINE & given.keys()} if arguments.resume else start | given))
+        config = restore({k: given[k] for k in MACHINE & given.keys()}) if arguments.resume else Config(**start | given)
     except ValueError as error:
         parser.error(str(error))
     return argparse.Namespace(config=config, given=given, resume=arguments.resume)

@@ -126,7 +126,7 @@ def read(path: Path, name: str) -> np.ndarray:
                 raise ValueError(f"it unpacks to more than {MAX_BYTES / 1e6:.0f} MB")
             images = file[name]
         check(name, images)
-    except PermissionError as error:
+    except (PermissionError, MemoryError) as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
     except Exception as error:  # a damaged file raises nearly anything
         reason = one_line(error).partition(". ")[0]  # numpy goes on with advice to open it all the same
@@ -147,6 +147,8 @@ def build(path: Path) -> None:
     from torchvision.datasets import CIFAR100  # here, as its import takes a second
 
     folder = path.parent
+    if folder.is_file():
+        raise DataError(f"{folder} is a file. Give the folder of the data set")
     arrays = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     arguments = parser.parse_args(argv)
     try:
-        Config(device=arguments.device, data_dir=arguments.data_dir)
+        restore({"device": arguments.device, "data_dir": arguments.data_dir})
     except ValueError as error:
         parser.error(str(error))
     keep_freed_memory()

@@ -69,6 +69,7 @@ class TrainState:
     def load(self, content: dict[str, Any], folder: Path) -> None:
         """Go on from the content of a folder's last.pth. Raises UserError."""
         try:
+            resume(content["config"], asdict(self.config))  # raises where the run's config.json was edited since
             for name, part in self.parts().items():
                 if content["state"][name]:  # a scaler that is off has none
                     part.load_state_dict(content["state"][name])
@@ -115,8 +116,7 @@ def check_finite(state: TrainState, loss: float, epoch: int) -> None:
     if not (math.isfinite(loss) and finite):
         raise UserError(
             f"the loss or a weight is not finite in epoch {epoch} at learning rate "
-            f"{state.scheduler.get_last_lr()[0]:g}: training stops, and the checkpoints of earlier epochs stay as they "
-            "are. Try a lower lr"
+            f"{state.scheduler.get_last_lr()[0]:g}. Earlier checkpoints stay as they are. Try a lower lr"
         )
 
 
@@ -203,8 +203,8 @@ def train(config: Config, folder: Path | None = None) -> Path:
         print(f"\nStopped. {go_on}" if folder else "\nStopped before any step", flush=True)
         raise
     except RuntimeError as error:
-        if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):  # CUDA and its libraries: several classes
-            raise UserError("the GPU's memory is too small for this run. Free some, or lower --batch_size") from error
+        if any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
+            raise UserError("the memory is too small for this run. Free some, or lower --batch_size") from error
         if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise UserError(f"torch.compile failed: {utils.one_line(error)}. Train without --compile") from error
         raise

@@ -35,7 +35,7 @@ def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
         def run(argv: list[str] | None = None) -> int:
             try:
                 code = main(argv)
-                sys.stdout.flush()  # or a reader that has ended shows only after this
+                print(end="", flush=True)  # or a reader that has ended shows only after this
                 return code
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end

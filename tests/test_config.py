@@ -56,7 +56,9 @@ def test_wrong_types_and_values_are_refused(name: str) -> None:
         {"schedule": "cosine", "lr_step": 3},
         {"teacher_views": 2, "dropout": 0.1, "teacher": "any.pth"},
         {"teacher_views": 2, "teacher": "none"},
+        {"label_weight": 0.5, "teacher": "none"},
         {"pretrained": True, "model": "mobilenetv3"},
+        {"pretrained": True, "model": "resnet18", "weights": "any.pth"},
     ],
 )
 def test_contradictions_are_refused(contradicting: dict) -> None:
@@ -109,6 +111,10 @@ def test_editing_a_default_moves_no_preset_and_no_older_run(monkeypatch: pytest.
         assert edited.preset(name) == preset(name)
         assert asdict(edited.Config(**edited.preset(name))) == asdict(Config(**preset(name)))
     assert asdict(edited.restore({})) == asdict(restore({}))
+    with pytest.raises(ValueError, match="must be between"):
+        edited.Config()
+    resumed = edited.parse_command_line(["--resume", "run", "--threads", "2"])  # it needs none of these defaults
+    assert resumed.given == {"threads": 2}
 
 
 def test_a_setting_that_an_older_run_lacks_is_off() -> None:

@@ -18,7 +18,7 @@ import data
 import train
 import utils
 from augment import Loader, build_loader
-from tests.helpers import EVERYTHING, TINY, change_settings, flags, log_rows
+from tests.helpers import EVERYTHING, TINY, call_at, flags, log_rows
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_each_process_has_its_own_batch_norm_statistics(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_killed_process_ends_the_run_and_one_process_goes_on(tmp_path: Path) -> None:
     """torchrun reports which process was killed; the program itself says one line."""
-    words = [*TORCHRUN, *command(tmp_path, epochs=60)]
+    words = [*TORCHRUN, *command(tmp_path, epochs=6)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         for line in running.stdout:
             if line.startswith("Epoch 3/"):
@@ -104,14 +104,18 @@ def test_a_killed_process_ends_the_run_and_one_process_goes_on(tmp_path: Path) -
     assert len(ours + stopped) == 1, (output, errors)
     (folder,) = tmp_path.iterdir()
     assert len(log_rows(folder)) == 2
-    change_settings(folder, epochs=4)  # enough
     run(sys.executable, "train.py", "--resume", str(folder))
-    assert [row["epoch"] for row in log_rows(folder)] == ["1", "2", "3", "4"]
+    assert [row["epoch"] for row in log_rows(folder)] == ["1", "2", "3", "4", "5", "6"]
 
 
-def test_two_processes_go_on_with_a_run_of_one(tmp_path: Path) -> None:
-    one = train.train(replace(TINY, **SHORT | EVERYTHING | {"epochs": 1}, runs_dir=str(tmp_path)))
-    change_settings(one, epochs=2)
+def test_two_processes_go_on_with_a_run_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call_at(monkeypatch, Loader, "set_epoch", 2, interrupt)
+        train.train(replace(TINY, **SHORT | EVERYTHING, runs_dir=str(tmp_path)))
+    (one,) = tmp_path.iterdir()
     before = weights(one)
     run(*TORCHRUN, "--resume", str(one))
     assert [row["epoch"] for row in log_rows(one)] == ["1", "2"]

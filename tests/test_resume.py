@@ -16,7 +16,7 @@ import torch
 import checkpoint
 import train
 from config import Config
-from tests.helpers import EVERYTHING, FILES, SIGNALS, TINY, end_state, flags, log_rows
+from tests.helpers import EVERYTHING, FILES, SIGNALS, TINY, call_at, end_state, flags, log_rows
 
 THREE_STEPS = {"epochs": 3, "images_per_class": 4}  # one step an epoch
 
@@ -27,18 +27,6 @@ def command_to_go_on(printed: str) -> Path:
     *words, folder = shlex.split(command)
     assert (text, words) == ("Stopped. Go on with", ["python", "train.py", "--resume"])
     return Path(folder)
-
-
-def call_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count: int, action: Any) -> None:
-    """Let the function `name` of `owner` do what it does, and call `action` in its call of that number."""
-    original, calls = getattr(owner, name), iter(range(1, 1_000_000))
-
-    def counted(*arguments: Any, **more: Any) -> Any:
-        if next(calls) == count:
-            action()
-        return original(*arguments, **more)
-
-    monkeypatch.setattr(owner, name, counted)
 
 
 @pytest.mark.parametrize("recipe", [EVERYTHING, {"optimizer": "sgd", "schedule": "step"}], ids=["everything", "sgd"])

@@ -3,6 +3,8 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -11,7 +13,12 @@ import train
 import utils
 from config import Config
 from model import MobileNetV3
-from tests.helpers import change_settings
+
+
+def change_settings(folder: Path, **changed: Any) -> None:
+    """Change what a run goes on with."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
 def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
@@ -24,6 +31,14 @@ def test_other_settings_are_refused_on_resuming(tiny: Config) -> None:
     assert train.resumed_config(folder, how) == replace(config, **how)
     train.train(train.resumed_config(folder, {"threads": 2}), folder)
     assert train.resumed_config(folder, {}) == replace(config, threads=2), "the next resume has it too"
+
+
+def test_settings_edited_in_the_runs_folder_are_refused(tiny: Config) -> None:
+    """The schedule in last.pth is that of the settings it was written with."""
+    folder = train.train(replace(tiny, epochs=1, images_per_class=4))
+    change_settings(folder, epochs=2)
+    with pytest.raises(utils.UserError, match=r"does not fit: it was started with other settings: epochs 1 \(now 2\)"):
+        train.train(train.resumed_config(folder, {}), folder)
 
 
 def test_resuming_after_the_network_was_changed_is_one_line(

@@ -93,11 +93,10 @@ def test_an_epoch_of_equal_accuracy_does_not_replace_the_best(tiny: Config, monk
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."),
     ],
 )
-def test_a_gpu_with_too_little_memory_is_one_line(
-    tiny: Config, error: RuntimeError, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory_is_one_line(tiny: Config, error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(*arguments: object) -> None:
         raise error
 

@@ -43,6 +43,13 @@ def test_a_mistake_in_the_program_keeps_its_traceback() -> None:
         main(["some"])
 
 
+def test_a_program_that_was_started_without_an_output_ends_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by `>&-`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert utils.program("name")(lambda argv: 0)([]) == 0
+
+
 def test_a_program_ends_quietly_with_code_141_when_its_reader_ends() -> None:
     """As `| head` does."""
     code = """if True:
