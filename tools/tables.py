@@ -162,12 +162,11 @@ def verdict(run: Record, base: Record) -> str:
 
 
 def gains(row: dict[str, Any], logs: Logs) -> list[float]:
-    """Validation accuracy after the last epoch minus that of the row's base, for each seed that both have."""
+    """Validation accuracy after the last epoch minus that of the row's base, for each seed that was run."""
     names = [Path(path).stem for path in row["logs"]]
     kind = names[0].partition("-")[0]  # of comparison: "ablation" or "distill"
     bases = [name.replace(names[0], f"{kind}-{row['base']}") for name in names]
-    pairs = [pair for pair in zip(names, bases, strict=True) if pair[1] in logs]
-    ends = [[logs[name][-1]["validation_accuracy"] for name in pair] for pair in pairs]
+    ends = [[logs[name][-1]["validation_accuracy"] for name in pair] for pair in zip(names, bases, strict=True)]
     return [run - base for run, base in ends]
 
 
