@@ -77,7 +77,8 @@ def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Te
     parts, levels = images[:count].tensor_split(len(OPERATIONS)), level.tensor_split(len(OPERATIONS))
     operations = list(OPERATIONS.values())
     if count < len(operations):  # some slices are empty: others in each batch; waits for a GPU
-        operations = [operations[i] for i in torch.randperm(len(operations), generator=generator, device=images.device)]
+        order = torch.randperm(len(operations), generator=generator, device=images.device)
+        operations = [operations[i] for i in order.tolist()]
     triples = zip(operations, parts, levels, strict=True)
     changed = [operation(part, strength).clamp(0, 255) for operation, part, strength in triples if len(part)]
     return torch.cat([*changed, images[count:]])
@@ -172,10 +173,9 @@ class Loader:
     """
 
     def __init__(self, train: Images, config: Any, shard: slice = slice(None)) -> None:
-        self.shard = shard
+        self.shard, self.mixers = shard, []
         self.config, self.pixels, self.labels, self.epoch = config, pixel_table(train.images), train.labels, 0
         self.batch_size = min(config.batch_size, len(train.labels))
-        self.mixers = []
         if config.mixup or config.cutmix:
             from torchvision.transforms import v2  # here, as its import takes a second and loads torch._dynamo
 

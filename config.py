@@ -87,17 +87,15 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             check_value(f, getattr(self, f.name))
-        if 0 < self.images_per_class <= self.validation_per_class:
-            raise ValueError(f"images_per_class must be 0 or above validation_per_class {self.validation_per_class}")
+        count, kept = self.images_per_class, self.validation_per_class
+        if 0 < count <= kept:
+            raise ValueError(f"images_per_class {count} must be above validation_per_class {kept}, or 0 for all")
         if self.schedule == "cosine" and self.lr_step:
             raise ValueError(f"lr_step {self.lr_step} has no meaning with schedule cosine; use 0")
         if self.pretrained and self.model == "mobilenetv3":
             raise ValueError("pretrained needs a timm model: there are no ImageNet weights of mobilenetv3")
-        if self.pretrained and self.weights != "none":
-            raise ValueError("pretrained and weights are two starts: with weights give --no-pretrained")
-        for name in ("teacher_views", "label_weight"):
-            if getattr(self, name) and self.teacher == "none":
-                raise ValueError(f"{name} {getattr(self, name)} has no meaning without a teacher; use 0")
+        if self.teacher_views and self.teacher == "none":
+            raise ValueError(f"teacher_views {self.teacher_views} needs a teacher: it repeats what the model sees")
         if self.teacher_views and self.dropout:
             raise ValueError("teacher_views needs dropout 0: dropout and mixing share one random generator")
 
@@ -240,6 +238,8 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         # A resumed run brings its own settings; only the machine's are checked here.
         start = preset(given["experiment"]) if "experiment" in given else {}
         config = restore({k: given[k] for k in MACHINE & given.keys()}) if arguments.resume else Config(**start | given)
+        if config.label_weight and config.teacher == "none":  # an older run may have it, and was trained without
+            raise ValueError(f"label_weight {config.label_weight:g} needs a teacher: without one give 0")
     except ValueError as error:
         parser.error(str(error))
     return argparse.Namespace(config=config, given=given, resume=arguments.resume)

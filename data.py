@@ -126,8 +126,11 @@ def read(path: Path, name: str) -> np.ndarray:
                 raise ValueError(f"it unpacks to more than {MAX_BYTES / 1e6:.0f} MB")
             images = file[name]
         check(name, images)
-    except (PermissionError, MemoryError) as error:
+    except PermissionError as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
+    except MemoryError as error:
+        reason = f"{one_line(error)}. Free some memory, or delete the file if it asks for more than 1 GB"
+        raise DataError(f"{path} cannot be read: {reason}") from error
     except Exception as error:  # a damaged file raises nearly anything
         reason = one_line(error).partition(". ")[0]  # numpy goes on with advice to open it all the same
         raise DataError(f"{path} is damaged: {reason}. Delete it and run again to build it anew") from error

@@ -120,7 +120,7 @@ def build_model(
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"timm cannot make model {name} for {side} pixels: {reason}. Its names: timm.list_models(). Where "
-                "images are too small, give --image_size 64 or --small_fraction 0; without a network --no-pretrained"
+                "images are too small, give --image_size 64 or --small_fraction 0; offline --no-pretrained"
             ) from error
     return model if image_size == 32 else nn.Sequential(Enlarge(image_size, mode="bicubic"), model)
 

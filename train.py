@@ -204,7 +204,7 @@ def train(config: Config, folder: Path | None = None) -> Path:
         raise
     except RuntimeError as error:
         if any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
-            raise UserError("the memory is too small for this run. Free some, or lower --batch_size") from error
+            raise UserError("too little memory for this run. Free some, or start with a lower --batch_size") from error
         if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise UserError(f"torch.compile failed: {utils.one_line(error)}. Train without --compile") from error
         raise

@@ -56,9 +56,7 @@ def test_wrong_types_and_values_are_refused(name: str) -> None:
         {"schedule": "cosine", "lr_step": 3},
         {"teacher_views": 2, "dropout": 0.1, "teacher": "any.pth"},
         {"teacher_views": 2, "teacher": "none"},
-        {"label_weight": 0.5, "teacher": "none"},
         {"pretrained": True, "model": "mobilenetv3"},
-        {"pretrained": True, "model": "resnet18", "weights": "any.pth"},
     ],
 )
 def test_contradictions_are_refused(contradicting: dict) -> None:

@@ -74,7 +74,7 @@ def test_distillation_losses_are_their_formulas(name: str) -> None:
 def test_label_weight_adds_the_labels_loss() -> None:
     logits, outputs = torch.randn(2, 6, 100, generator=torch.Generator().manual_seed(0))
     labels, images = torch.arange(6), torch.zeros(6, 3, 32, 32)
-    config = replace(TINY, teacher="any.pth", distill_loss="kl", distill_temperature=3.0, label_weight=0.25)
+    config = replace(TINY, distill_loss="kl", distill_temperature=3.0, label_weight=0.25)
     loss = optim.build_criterion(config, lambda images: outputs)(images, logits, labels)
     plain = optim.build_criterion(config)(images, logits, labels)
     alone = optim.build_criterion(replace(config, label_weight=0.0), lambda images: outputs)(images, logits, labels)

@@ -38,7 +38,7 @@ def test_fractions_agree_or_not() -> None:
     assert text.endswith("4.0 points apart:\nthey agree within 5 points, so one f fits all claims.")
     records["result2"] = run("result2", 50, test=40) | {"train": {"accuracy": 90}}
     assert "| `result2` | 50.00 % | 90.00 % (running) | 40.00 % | 20.00 % |" in experiments.fractions(records)
-    assert "do not agree within 5 points, so no one f fits all claims" in experiments.fractions(records)
+    assert "do not agree within 5 points, so no single f fits all claims" in experiments.fractions(records)
 
 
 def test_a_gain_is_compared_with_the_claim() -> None:

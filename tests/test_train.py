@@ -101,7 +101,7 @@ def test_too_little_memory_is_one_line(tiny: Config, error: RuntimeError, monkey
         raise error
 
     monkeypatch.setattr(train, "fit", fit)
-    with pytest.raises(utils.UserError, match="lower --batch_size"):
+    with pytest.raises(utils.UserError, match="too little memory for this run"):
         train.train(tiny)
 
 

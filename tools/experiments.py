@@ -88,6 +88,6 @@ def fractions(records: Records) -> str:
         if apart <= FEW_POINTS:
             text += f"they agree within {FEW_POINTS} points, so one f fits all claims"
         else:
-            text += f"they do not agree within {FEW_POINTS} points, so no one f fits all claims"
+            text += f"they do not agree within {FEW_POINTS} points, so no single f fits all claims"
     head = "name | claimed, unpublished file | measured: own training images | official test set | f"
     return f"{table(head, rows)}\n\n{text}."

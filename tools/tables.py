@@ -52,6 +52,8 @@ def spread(records: Records, name: str) -> str:
     recipe = restore(records[name]["config"])  # a setting that an older record lacks is off
     runs = [run for run in records.values() if run["test"] and restore(run["config"]) == recipe]
     figures = [accuracy(run, "test") for run in runs]
+    if not runs:
+        return "not measured"
     if len(runs) == 1:
         return f"one run, seed {runs[0]['seed']}"
     each = ", ".join(f"{figure:.2f}" for figure in figures)
