@@ -70,6 +70,11 @@ def test_gains_are_paired_by_seed() -> None:
     assert tables.gains(row, logs) == [3.0, 1.0]
     other = {f"distill-{name}": [{"validation_accuracy": end}] for name, end in (("base", 40.0), ("kl", 45.0))}
     assert tables.gains({"base": "base", "logs": ["docs/logs/distill-kl.csv"]}, logs | other) == [5.0]
+    del logs["ablation-base-seed1"]
+    assert tables.gains(row, logs) == [3.0]
+    del logs["ablation-base"]
+    with pytest.raises(KeyError, match="ablation-base"):
+        tables.gains(row, logs)
 
 
 def test_teachers_are_the_runs_of_other_networks() -> None:

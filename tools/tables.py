@@ -164,11 +164,12 @@ def verdict(run: Record, base: Record) -> str:
 
 
 def gains(row: dict[str, Any], logs: Logs) -> list[float]:
-    """Validation accuracy after the last epoch minus that of the row's base, for each seed that was run."""
+    """Validation accuracy after the last epoch minus that of the row's base, for each seed that both have."""
     names = [Path(path).stem for path in row["logs"]]
     kind = names[0].partition("-")[0]  # of comparison: "ablation" or "distill"
     bases = [name.replace(names[0], f"{kind}-{row['base']}") for name in names]
-    ends = [[logs[name][-1]["validation_accuracy"] for name in pair] for pair in zip(names, bases, strict=True)]
+    pairs = [pair for pair in zip(names, bases, strict=True) if pair[1] in {bases[0], *logs}]
+    ends = [[logs[name][-1]["validation_accuracy"] for name in pair] for pair in pairs]
     return [run - base for run, base in ends]
 
 
