@@ -2,21 +2,30 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import train
+from augment import Loader
 from config import Config
-from tests.helpers import log_rows
+from tests.helpers import call_at, log_rows
 from utils import UserError
 
 
-def test_tensorboard_has_the_log_also_after_a_resume(tiny: Config) -> None:
+def test_tensorboard_has_the_log_also_after_a_resume(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = replace(tiny, images_per_class=4, epochs=2, tensorboard=True)
-    folder = train.train(replace(config, epochs=1))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        call_at(patch, Loader, "set_epoch", 2, interrupt)
+        train.train(config)
+    (folder,) = Path(config.runs_dir).iterdir()
     train.train(config, folder)
     events = EventAccumulator(str(folder))
     events.Reload()
