@@ -115,11 +115,9 @@ def blend(degenerate: Tensor, images: Tensor, level: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, level: Tensor) -> Tensor:
-    """Blend with the image smoothed inside its border, as PIL does."""
-    kernel = torch.ones(3, 1, 3, 3, device=images.device)
-    kernel[:, :, 1, 1] = 5
+    """Blend with the image smoothed inside its border, as PIL does: weights 1 of 13, and 5 of 13 at the centre."""
     smooth = images.clone()
-    smooth[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel / 13, groups=3)
+    smooth[:, :, 1:-1, 1:-1].lerp_(F.avg_pool2d(images, 3, 1), 9 / 13)
     return blend(smooth, images, level)
 
 
