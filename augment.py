@@ -2,31 +2,29 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from data import CLASSES, SIDE, Images, load_training, normalise
+from config import Config
+from data import CLASSES, SIDE, Images, normalise
 from utils import UserError
 
-SMALL_SIDE = 24  # pixels; an epoch of such images takes 0.6 of the time
 # A CPU generator uses 32 bits of its seed: with this stride no two epochs of runs of up to 1,264 epochs share them.
 SEED_STRIDE = 1_000_003
-TEACHER_SEED_OFFSET = 1_000_001  # above any seed: where there is a teacher, views that it was not trained on
+TEACHER_SEED_OFFSET = 1_000_001  # above any seed: a run with a teacher draws views that its teacher was not trained on
+CUDA_CHUNK = 64  # batches augmented at once: the launches of TrivialAugment's kernels then cost next to nothing
 
 
 def pixel_table(images: Tensor) -> Tensor:
-    """uint8 (N, 3, 32, 32) as a table of pixels (N * 32 * 32 + 1, 3), the last one black."""
-    pixels = images.permute(0, 2, 3, 1).reshape(-1, 3)
-    return torch.cat([pixels, pixels.new_zeros(1, 3)])
+    """uint8 (N, 3, 32, 32) as a table of pixels (N * 32 * 32, 3)."""
+    return images.permute(0, 2, 3, 1).reshape(-1, 3)
 
 
-def crop_and_flip(
-    table: Tensor, index: Tensor, padding: int, reflect: bool, flip: bool, generator: Generator
-) -> Tensor:
-    """The images of a pixel table at `index` (N,), each padded, cropped to 32x32 at random and mirrored or not.
+def crop_and_flip(table: Tensor, index: Tensor, padding: int, flip: bool, generator: Generator) -> Tensor:
+    """The images of a pixel table at `index` (N,), each padded by reflection, cropped to 32x32 at random and mirrored
+    or not.
 
     Returns uint8 (N, 3, 32, 32), channels_last. Padding, crop and flip only decide which pixels are read: one pass
     over the batch instead of four.
@@ -38,12 +36,8 @@ def crop_and_flip(
     if flip:
         mirrored = torch.rand(len(index), 1, device=index.device, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
-    if reflect:
-        rows, columns = reflect_index(rows), reflect_index(columns)
+    rows, columns = reflect_index(rows), reflect_index(columns)
     pixels = (index[:, None] * SIDE**2 + rows * SIDE)[:, :, None] + columns[:, None, :]
-    if padding and not reflect:
-        inside = [(axis >= 0) & (axis < SIDE) for axis in (rows, columns)]
-        pixels = torch.where(inside[0][:, :, None] & inside[1][:, None, :], pixels, len(table) - 1)
     return table.index_select(0, pixels.flatten()).view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
 
 
@@ -51,18 +45,6 @@ def reflect_index(index: Tensor) -> Tensor:
     """Indices outside of 0..31 reflected at the border pixels."""
     index = index.abs()
     return torch.where(index < SIDE, index, 2 * (SIDE - 1) - index)
-
-
-def cutout(images: Tensor, side: int, generator: Generator) -> Tensor:
-    """Set a side x side square, anywhere around each normalised image, to 0 (DeVries and Taylor, 2017)."""
-    count, _, height, width = images.shape
-
-    def span(size: int) -> Tensor:  # bool (N, size): the square's extent on one axis
-        centre = torch.randint(size, (count, 1), device=images.device, generator=generator)
-        distance = torch.arange(size, device=images.device) - (centre - side // 2)
-        return (distance >= 0) & (distance < side)
-
-    return images.masked_fill((span(height)[:, :, None] & span(width)[:, None, :]).unsqueeze(1), 0.0)
 
 
 def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Tensor:
@@ -76,7 +58,7 @@ def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Te
     level = 2 * torch.rand(count, 1, 1, 1, device=images.device, generator=generator) - 1
     parts, levels = images[:count].tensor_split(len(OPERATIONS)), level.tensor_split(len(OPERATIONS))
     operations = list(OPERATIONS.values())
-    if count < len(operations):  # some slices are empty: others in each batch; waits for a GPU
+    if count < len(operations):  # some slices are empty: other ones in each batch; waits for a GPU
         order = torch.randperm(len(operations), generator=generator, device=images.device)
         operations = [operations[i] for i in order.tolist()]
     triples = zip(operations, parts, levels, strict=True)
@@ -167,13 +149,17 @@ class Loader:
     """Augmented batches of the training images, made on their device: iterating over it is one epoch.
 
     Order and augmentation follow from (seed, epoch). All batches have one size: the images that do not fill the last
-    one are left out, others in each epoch. `config` is a config.Config. `shard` is this process's part of a batch.
+    one are left out, other ones in each epoch. Several processes make the same batches, and each takes the images rank,
+    rank + world_size, ... of them. Raises UserError if they cannot share a batch evenly.
     """
 
-    def __init__(self, train: Images, config: Any, shard: slice = slice(None)) -> None:
-        self.shard, self.mixers = shard, []
-        self.config, self.pixels, self.labels, self.epoch = config, pixel_table(train.images), train.labels, 0
-        self.batch_size = min(config.batch_size, len(train.labels))
+    def __init__(self, train_set: Images, config: Config, rank: int = 0, world_size: int = 1) -> None:
+        self.config, self.pixels, self.labels, self.epoch = config, pixel_table(train_set.images), train_set.labels, 0
+        self.batch_size = min(config.batch_size, len(self.labels))
+        self.chunk = CUDA_CHUNK if self.labels.is_cuda else 1  # batches augmented at once
+        self.shard, self.mixers = slice(rank, None, world_size), []
+        if self.batch_size % world_size:
+            raise UserError(f"{world_size} processes cannot share batches of {self.batch_size} images. Change one")
         if config.mixup or config.cutmix:
             from torchvision.transforms import v2  # here, as its import takes a second and loads torch._dynamo
 
@@ -184,65 +170,37 @@ class Loader:
         """Choose the epoch, from 0, that the next iteration gives."""
         self.epoch = epoch
 
-    @property
-    def is_small(self) -> bool:
-        """Whether the epoch has images of 24x24 (progressive learning: Tan, Le, EfficientNetV2, 2021)."""
-        return self.epoch < int(self.config.small_fraction * self.config.epochs + 1e-9)  # 0.29 * 100 is below 29
-
-    @property
-    def repeated_epoch(self) -> int:
-        """The epoch whose order and augmentation this one has: views are repeated every `teacher_views` epochs."""
-        return self.epoch % self.config.teacher_views if self.config.teacher_views else self.epoch
-
-    @property
-    def cache_key(self) -> str:
-        """A name for the epoch's images: epochs of the same name have the same ones, in the same order."""
-        shard = f"-{self.shard.start + 1}of{self.shard.step}" if self.shard.step not in (None, 1) else ""
-        device = self.labels.device  # GPUs of different models draw different random numbers, and a CPU others again
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        return f"{self.repeated_epoch}{shard}-{''.join(filter(str.isalnum, name))}"
-
-    def resize(self, images: Tensor) -> Tensor:
-        """The images as the model sees them in this epoch: 24x24 or as they are. A teacher sees them as they are."""
-        return F.interpolate(images, SMALL_SIDE, mode="bilinear", antialias=True) if self.is_small else images
-
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return len(self.labels) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of `augment`; dropout and mixing draw from torch's global generator, which is seeded here."""
+        """Normalised floats (N, 3, 32, 32), channels_last, and labels (N,) or, mixed, targets (N, 100).
+
+        Dropout and mixing draw from torch's global generator, which is seeded here.
+        """
         run_seed = self.config.seed + (TEACHER_SEED_OFFSET if self.config.teacher != "none" else 0)
-        seed = run_seed * SEED_STRIDE + self.repeated_epoch
+        seed = run_seed * SEED_STRIDE + self.epoch
         torch.manual_seed(seed)
         generator = Generator(self.labels.device).manual_seed(seed)
         order = torch.randperm(len(self.labels), device=self.labels.device, generator=generator)
-        for index in order[: len(self) * self.batch_size].split(self.batch_size):
-            images, labels = self.augment(index, generator)
-            yield images[self.shard], labels[self.shard]
+        for index in order[: len(self) * self.batch_size].split(self.chunk * self.batch_size):
+            images, labels = self.augment(index, generator), self.labels[index]
+            batches = len(index) // self.batch_size
+            for i in range(batches):  # every so many-th image: each batch has all of TrivialAugment's operations
+                yield self.mix(images[i::batches], labels[i::batches])
 
-    def augment(self, index: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """The images at `index` (N,): normalised floats (N, 3, 32, 32), and labels (N,) or, mixed, targets (N, 100)."""
+    def augment(self, index: Tensor, generator: Generator) -> Tensor:
+        """The images at `index` (N,), augmented and normalised."""
         config = self.config
-        images = crop_and_flip(self.pixels, index, config.crop_padding, config.crop_reflect, config.flip, generator)
+        images = crop_and_flip(self.pixels, index, config.crop_padding, config.flip, generator)
         if config.trivial_augment:
             images = trivial_augment(images, config.trivial_augment, generator)
-        images, labels = normalise(images), self.labels[index]
-        if config.cutout:
-            images = cutout(images, config.cutout, generator)
-        if self.mixers and torch.rand(()).item() < config.mix_prob:
+        return normalise(images)
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of a batch, mixed by mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) if either is
+        on."""
+        if self.mixers:
             images, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](images, labels)
-            images = images.contiguous(memory_format=torch.channels_last)  # MixUp loses it on CUDA
-        return images, labels
-
-
-def build_loader(config: Any, device: torch.device, rank: int = 0, world_size: int = 1) -> tuple[Loader, Images]:
-    """The loader of a run's training images, and its validation images, on the device. Several processes make
-    the same whole batches, and each takes the images rank, rank + world_size, ... of them. Raises UserError."""
-    train, validation = load_training(
-        config.dataset, config.data_dir, config.validation_per_class, config.images_per_class
-    )
-    loader = Loader(train.to(device), config, slice(rank, None, world_size))
-    if loader.batch_size % world_size:
-        raise UserError(f"{world_size} processes cannot share batches of {loader.batch_size} images evenly. Change one")
-    return loader, validation.to(device)
+        return images[self.shard].contiguous(memory_format=torch.channels_last), labels[self.shard]

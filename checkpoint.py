@@ -1,69 +1,67 @@
-"""Checkpoints and run folders: plain types, written whole, opened without running code; logs and their curves."""
+"""Checkpoints and run folders: plain types, written whole, opened without running code; models from any such file."""
 
 import csv
 import io
-import math
-import pickle
 import zipfile
+from dataclasses import fields
 from datetime import datetime
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from utils import UserError, atomic_write, one_line, provenance
+from config import PLAIN, Config, check_value
+from model import CLASSES, build_model
+from utils import ROOT, UserError, atomic_write, one_line
 
-History = list[dict[str, Any]]  # a dict an epoch with the columns of log.csv; None where nothing was measured
+History = list[dict[str, Any]]  # a dict per epoch with the columns of log.csv; None where nothing was measured
 
-FORMAT = 1
-BEST = Path("checkpoints/best.pth")  # the best of the latest training on this machine
-PUBLISHED = Path("checkpoints/published.pth")
+FORMAT = 2  # of last.pth; models can be read from the files of format 1 too
+BEST = ROOT / "checkpoints" / "best.pth"  # the best of the latest training on this machine
+PUBLISHED = ROOT / "checkpoints" / "published.pth"
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
            "images_per_second", "seconds")  # fmt: skip
 
-# Colours that colour-blind readers can tell apart (Okabe and Ito, 2008).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "os^Dvp*X"
-
-
-class CheckpointError(UserError):
-    """A checkpoint or run is missing, damaged or another program's; the message names the file and the cure."""
-
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a dict of tensors, numbers, strings, lists and dicts, with a format number. Raises UserError."""
+    """Write a dict of tensors, numbers, strings, lists and dicts, whole or not at all. Raises UserError."""
     archive = io.BytesIO()  # torch.save's writer would hide why a file cannot be written
     torch.save({"format": FORMAT, **content}, archive)
     atomic_write(path, lambda file: file.write(archive.getbuffer()))
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Open a checkpoint on the CPU without running any code in it. Raises CheckpointError."""
+    """Open a file of torch.save on the CPU without running any code in it. Raises UserError."""
     if not path.exists():
-        raise CheckpointError(f"{path} is not there. Give the path of one that is, or train one: python train.py")
+        raise UserError(f"{path} is not there. Give the path of one that is, or train one: python train.py")
     try:
         if path.is_dir():
             raise ValueError("it is a folder; the weights of a run are in its best.pth")
         check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError("it was not written by this version of the program")
-        content.pop("digest", None)  # of older files
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dict")
     except Exception as error:  # a damaged file raises nearly anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to open it all the same
-            reason = "it is damaged, or holds more than plain data"
-        raise CheckpointError(f"{path} cannot be used: {reason}. Give another one, or an undamaged copy") from error
+        # torch's own text would advise to run what is in it
+        reason = one_line(error).partition(". ")[0] if isinstance(error, ValueError | OSError) else "it is damaged"
+        raise UserError(f"{path} cannot be used: {reason}. Give another file") from error
     return content
 
 
 def check_archive(path: Path) -> None:
-    """Raise ValueError or BadZipFile unless a file is a whole zip archive, uncompressed as torch writes it.
+    """Raise ValueError or BadZipFile unless a file can be opened safely.
 
-    A compressed one could unpack to gigabytes.
+    A zip archive, as torch writes it, must be whole and uncompressed (it could unpack to gigabytes), and need no code.
     """
+    with path.open("rb") as file:
+        start = file.read(512).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer and not the file itself, which `git lfs pull` fetches")
+    if start.startswith(b"<"):
+        raise ValueError("it is a web page and not the file itself, which its raw or download link gives")
+    if not start.startswith(b"PK"):
+        return  # torch.save's format before 2020, which torch.load checks itself
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
@@ -72,36 +70,79 @@ def check_archive(path: Path) -> None:
                 raise ValueError(f"{member.filename} in it is marked as a folder")
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} does not match its content")
+    if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+        raise ValueError(
+            f"it needs {', '.join(sorted(code))}, and loading Python objects could run code; save plain tensors and "
+            "numbers, as torch.save(model.state_dict(), FILE) does"
+        )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, of any plain state dict or of a run's best.pth, by name, on the CPU.
+def tensors_in(content: Any, folder: str = "") -> dict[str, Tensor]:
+    """All tensors of nested dicts, each by the keys that lead to it, as in "model/stem.0.weight"."""
+    tensors = {}
+    for key, value in content.items() if isinstance(content, dict) else ():
+        tensors |= {f"{folder}{key}": value} if isinstance(value, Tensor) else tensors_in(value, f"{folder}{key}/")
+    return tensors
 
-    Raises CheckpointError.
+
+def preference(prefix: str) -> int:
+    """Of several state dicts in a file, averaged weights come first, then those called weights."""
+    return 0 if "ema" in prefix or "average" in prefix else 1 if "weights" in prefix else 2
+
+
+def load_weights(model: nn.Module, content: dict[str, Any], path: Path, fine_tune: bool = False) -> None:
+    """Copy the weights in the content of a file into a model: a state dict, nested or with prefixed names as it may be.
+
+    With `fine_tune`, a classifier for another number of classes keeps its random weights. Raises UserError that names
+    the first tensors that do not fit.
     """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # optional
+    model = model[1] if isinstance(model, nn.Sequential) else model  # without model.Enlarge
+    own, tensors = model.state_dict(), tensors_in(content)
+    first = next(iter(own))
+    prefixes = [name.removesuffix(first) for name in tensors if f"/{name}".endswith((f"/{first}", f".{first}"))]
+    if not prefixes:
+        found = ", ".join(list(tensors)[:3]) or "no tensors"
+        raise UserError(f"{path} holds no weights of this model: there is no {first} in it, but {found}")
+    prefix = min(prefixes, key=preference)
+    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    weights = {name: value for name, value in weights.items() if "/" not in name}
+    problems = []
+    for name, tensor in own.items():
+        found = weights.pop(name, None)
+        if found is not None and found.shape == tensor.shape:
+            tensor.copy_(found)
+        elif not name.endswith("num_batches_tracked") and not (fine_tune and tensor.shape[:1] == (CLASSES,)):
+            problem = "is missing" if found is None else f"is {(*found.shape,)} and the model's is {(*tensor.shape,)}"
+            problems.append(f"{name} {problem}")
+    problems += [f"{name} is not in the model" for name in weights if not name.endswith(("total_ops", "total_params"))]
+    if problems:
+        raise UserError(f"{path} does not fit the model: {'; '.join(problems[:3])}. Give a file of this network")
 
-            weights = load_file(path)
-        else:
-            if zipfile.is_zipfile(path):  # older files of torch are not, and cannot be compressed
-                check_archive(path)
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(weights, dict) and "format" in weights:
-                weights = load(path).get("weights")
-        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise ValueError("it holds no plain state dict")
-    except ImportError as error:
-        raise CheckpointError("safetensors is not installed. Run: pip install -r requirements-tools.txt") from error
-    except Exception as error:  # a damaged file raises nearly anything
-        raise CheckpointError(f"{path} cannot be used: {one_line(error).split('. ')[0]}. Give another file") from error
-    return weights
+
+def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint in eval mode, and the file's content. Raises UserError.
+
+    The content's config has at least model, image_size and dataset. A file that does not say them is taken as our
+    network for CIFAR-100.
+    """
+    content = load(path)
+    config = content.get("config")
+    config = PLAIN | {"dataset": "cifar100"} | (config if isinstance(config, dict) else {})
+    try:
+        for f in fields(Config):
+            if f.name in ("model", "image_size", "dataset"):
+                check_value(f, config[f.name])
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used: {error}. Give another file") from error
+    model = build_model(config["model"], image_size=config["image_size"])
+    load_weights(model, content, path)
+    return model.eval(), content | {"config": config}
 
 
 def new_run(runs_dir: str, name: str) -> Path:
-    """Make the folder runs_dir/<time>-<name>."""
-    folder = Path(runs_dir, f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
+    """Make the folder runs_dir/<time>-<name>. Returns it relative to the current folder if it is in it."""
+    folder = ROOT / runs_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
@@ -112,35 +153,50 @@ def new_run(runs_dir: str, name: str) -> Path:
 
 
 def save_epoch(
-    folder: Path, settings: dict[str, Any], history: History, state: dict[str, Any], weights: dict[str, Tensor]
+    folder: Path, about: dict[str, Any], history: History, stateful: dict[str, Any], weights: dict[str, Tensor]
 ) -> bool:
     """Write last.pth, log.csv and, for the best epoch (unvalidated: the last one), best.pth. Returns whether it was.
 
-    last.pth, from which a run goes on, comes after best.pth: a run killed between them repeats the epoch and writes
+    last.pth, from which a run is resumed, comes after best.pth: a run killed between them repeats the epoch and writes
     the same best.pth again.
     """
-    common = {
-        "config": settings,
-        "epoch": len(history),
-        "metrics": history[-1],
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        **provenance(settings["device"]),
-    }
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    common = {**about, "epoch": len(history), "metrics": history[-1], "date": date}
     validated = history[-1]["validation_accuracy"] is not None
-    best = best_row(history) is history[-1] if validated else len(history) == settings["epochs"]
+    best = best_row(history) is history[-1] if validated else len(history) == about["config"]["epochs"]
     if best:
         save(folder / "best.pth", common | {"weights": weights})
-    save(folder / "last.pth", common | {"state": state, "history": history})
+    states = {name: part.state_dict() for name, part in stateful.items()}
+    save(folder / "last.pth", common | {"history": history} | states)
     write_log(folder / "log.csv", history)
     return best
 
 
-def load_logits(path: Path) -> Tensor | None:
-    """A teacher's logits of an epoch, (batches, N, 100); None where the file is missing or damaged: made anew."""
+def resumed_config(folder: Path, given: dict[str, Any]) -> Config:
+    """The settings of the run in a folder, with those that flags gave beside --resume. Raises UserError."""
+    if not (folder / "last.pth").exists():
+        raise UserError(f"cannot resume {folder}: it has no last.pth, as no epoch was finished. Start the run again")
+    content = load(folder / "last.pth")
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"cannot resume {folder}: an older version of the program wrote it. Its best.pth can be graded; "
+            f"to train on, start a new run with --weights {folder}/best.pth"
+        )
     try:
-        return load(path)["logits"]
-    except CheckpointError:
-        return None
+        return Config(**content["config"] | given)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"cannot resume {folder}: its settings do not suit config.py, {one_line(error)}") from error
+
+
+def restore(folder: Path, stateful: dict[str, Any]) -> History:
+    """Give each part of a run the state that it had in the folder's last.pth. Returns the history. Raises UserError."""
+    content = load(folder / "last.pth")
+    try:
+        for name, part in stateful.items():
+            part.load_state_dict(content[name])
+        return content["history"]
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"cannot resume {folder}: last.pth does not fit the code, {one_line(error)}") from error
 
 
 def copy(source: Path, target: Path) -> None:
@@ -150,8 +206,15 @@ def copy(source: Path, target: Path) -> None:
     atomic_write(target, lambda file: file.write(content))
 
 
+def best_row(history: History) -> dict[str, Any]:
+    """The first row of the best validation accuracy; the last row if nothing was validated."""
+    if history[0]["validation_accuracy"] is None:
+        return history[-1]
+    return max(history, key=lambda row: row["validation_accuracy"])
+
+
 def write_log(path: Path, history: History) -> None:
-    """Write a log.csv, a row an epoch: the history in last.pth is its only source."""
+    """Write a log.csv, a row per epoch: the history in last.pth is its only source."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -159,40 +222,13 @@ def write_log(path: Path, history: History) -> None:
     atomic_write(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def best_row(history: History) -> dict[str, Any]:
-    """The first row of the best validation accuracy; the last row where nothing was validated."""
-    if history[0]["validation_accuracy"] is None:
-        return history[-1]
-    return max(history, key=lambda row: row["validation_accuracy"])
-
-
-def draw_curves(runs: dict[str, History], path: Path) -> None:
-    """Write a PNG, 900 pixels wide: loss and accuracy in % over epochs, train dashed and validation solid.
-
-    Each run has a colour, and a marker at its best epoch. Raises UserError where it cannot be written.
-    """
-    from matplotlib.figure import Figure  # here, as its import takes a second
-
-    legend_rows = math.ceil(len(runs) / 2)
-    figure = Figure(figsize=(9, 4.2 + 0.18 * max(0, legend_rows - 3)), layout="constrained")
-    if len(runs) > 1:
-        figure.suptitle("train dashed, validation solid, its best epoch marked", fontsize=11)
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        axes.set(xlabel="epoch", ylabel="accuracy (%)" if name == "accuracy" else name)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.2)
-        for (run, history), colour, marker in zip(runs.items(), cycle(COLOURS), cycle(MARKERS)):
-            epochs, best = [row["epoch"] for row in history], best_row(history)
-            dots = "." if len(history) == 1 else ""  # a line of one point cannot be seen
-            validated = best["validation_accuracy"] is not None
-            train, label = [row[f"train_{name}"] for row in history], f"{run}: train"
-            hidden = validated and len(runs) > 1  # the heading says what is dashed
-            axes.plot(epochs, train, f"{dots}--", color=colour, linewidth=1, label=None if hidden else label)
-            if validated:
-                validation = [row[f"validation_{name}"] for row in history]
-                axes.plot(epochs, validation, color=colour, label=f"{run}: validation, best in epoch {best['epoch']}")
-                axes.plot(best["epoch"], best[f"validation_{name}"], marker, color=colour)
-    legend = figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a folder's name may have a $
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
+def read_log(path: Path) -> History:
+    """The rows of a log.csv as numbers. Raises UserError."""
+    try:
+        with path.open() as file:
+            rows = [{name: float(cell) if cell else None for name, cell in row.items()} for row in csv.DictReader(file)]
+        if not rows or rows[0].keys() != set(COLUMNS):
+            raise ValueError("no epoch is finished, or it has other columns")
+        return [row | {"epoch": int(row["epoch"])} for row in rows]
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be used: {one_line(error)}") from error

@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 import textwrap
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,97 +12,83 @@ from typing import Any, NoReturn
 def setting(
     default: Any,
     help: str,
-    base: Any = MISSING,
     *,
     min: float = -math.inf,
     max: float = math.inf,
-    choices: tuple = (),
+    choices: tuple[str, ...] = (),
     pattern: str = "",
-    recipe: bool = True,
+    path: bool = False,
 ) -> Any:
-    """A dataclass field: its default, its unit and meaning, and the values that it allows.
-
-    `base` is its value in the base recipe, in which every technique is off: presets start from there, and an older
-    run that lacks the setting has it. With `recipe` False it is a setting of the machine or the run, not of the
-    training recipe, and needs no `base`.
-    """
-    if recipe and base is MISSING:
-        raise TypeError(f"the setting with the help {help!r} needs a base, the value that turns it off")
-    metadata = {"help": help, "min": min, "max": max, "choices": choices, "pattern": pattern, "recipe": recipe}
-    return field(default=default, metadata=metadata | {"base": default if base is MISSING else base})
-
-
-DISTILL_LOSSES = ("kl", "standardised", "mse")
+    """A dataclass field: its default, its meaning, and the values that it allows."""
+    metadata = {"help": help, "min": min, "max": max, "choices": choices, "pattern": pattern, "path": path}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings. Raises ValueError with one line where a value is wrong or contradicts another."""
+    """All settings. Raises ValueError with one line if a value is wrong or contradicts another.
 
-    model: str = setting("mobilenetv3", "mobilenetv3, or any timm model by name", base="mobilenetv3", pattern=r"[\w.]+")
-    image_size: int = setting(32, "enlarge images to so many pixels a side; 32: off", base=32, min=32, max=1_024)
-    pretrained: bool = setting(False, "start from timm's ImageNet weights of the model", base=False)
-    weights: str = setting("none", "file of weights to start from: safetensors or a state dict", base="none")
-    epochs: int = setting(140, "passes over the training images", base=100, min=1, max=100_000)
-    batch_size: int = setting(128, "images in one training step", base=128, min=2, max=65_536)
-    optimizer: str = setting("sgd", "optimizer; sgd has Nesterov momentum 0.9", base="adamw", choices=("adamw", "sgd"))
-    lr: float = setting(0.2, "learning rate after warm-up and before decay", base=1e-2, min=1e-9, max=1e3)
-    weight_decay: float = setting(5e-4, "weight decay, as torch's optimizer applies it", base=1e-4, min=0, max=10)
-    decay_norms: bool = setting(False, "apply weight decay to norms and biases too", base=True)
-    schedule: str = setting("cosine", "how the learning rate decays", base="step", choices=("step", "cosine"))
-    lr_step: int = setting(0, "StepLR: epochs between decays; 0: 38/130 of the run", base=35, min=0, max=100_000)
-    lr_gamma: float = setting(0.5, "StepLR: factor of the learning rate in each decay", base=0.1, min=1e-6, max=1)
-    warmup_epochs: int = setting(2, "epochs of warm-up, at most a quarter of the run", base=0, min=0, max=1_000)
-    label_smoothing: float = setting(0.1, "part of a target spread over all classes", base=0.0, min=0, max=0.99)
-    teacher: str = setting("none", "checkpoint of the model to learn from; none: off", base="none")
-    distill_loss: str = setting("standardised", "how logits are compared", base="standardised", choices=DISTILL_LOSSES)
-    distill_temperature: float = setting(2.0, "temperature that divides the logits of both", base=2.0, min=0.1, max=100)
-    label_weight: float = setting(0.0, "weight of the labels' loss beside the teacher's", base=0.0, min=0, max=100)
-    teacher_views: int = setting(0, "repeat the augmented views every N epochs; 0: never", base=0, min=0, max=1_000)
-    dropout: float = setting(0.0, "dropout after each projection and before the classifier", base=0.0, min=0, max=0.95)
-    ema: float = setting(0.999, "decay of the EMA weights in each step; 0: off", base=0.0, min=0, max=0.999999)
-    flip: bool = setting(True, "mirror half of the images", base=False)
-    crop_padding: int = setting(4, "pixels of padding before a random 32x32 crop; 0: off", base=0, min=0, max=16)
-    crop_reflect: bool = setting(True, "pad by reflection, not with black", base=False)
-    trivial_augment: float = setting(1.0, "fraction of images that TrivialAugment changes", base=0.0, min=0, max=1)
-    cutout: int = setting(0, "side in pixels of a square set to the mean colour; 0: off", base=0, min=0, max=32)
-    mixup: float = setting(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", base=0.0, min=0, max=100)
-    cutmix: float = setting(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: off", base=0.0, min=0, max=100)
-    mix_prob: float = setting(1.0, "probability that mixup or CutMix changes a batch", base=1.0, min=0, max=1)
-    small_fraction: float = setting(0.5, "first fraction of the epochs, with 24x24 pixels", base=0.0, min=0, max=1)
-    validation_per_class: int = setting(50, "images a class kept for validation; 0: none", base=50, min=0, max=499)
+    Relative paths are relative to the repository; a relative path in a flag is relative to the current folder.
+    """
 
-    experiment: str = setting("default", "preset that the run started from", pattern=r"[\w-]{1,40}", recipe=False)
-    dataset: str = setting("cifar100", "synthetic needs no download", choices=("cifar100", "synthetic"), recipe=False)
-    images_per_class: int = setting(0, "use so many training images a class; 0: all", min=0, max=500, recipe=False)
-    seed: int = setting(0, "seed of weights, order and augmentation", min=0, max=1_000_000, recipe=False)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda(:\d{1,2})?", recipe=False)
-    threads: int = setting(0, "CPU threads; 0: torch's choice, one a core", min=0, max=1_024, recipe=False)
-    compile: bool = setting(False, "use torch.compile (needs a C++ compiler, or Triton on a GPU)", recipe=False)
-    deterministic: bool = setting(False, "ask torch for deterministic CUDA kernels (slower)", recipe=False)
-    tensorboard: bool = setting(False, "write the log to the run folder for TensorBoard too", recipe=False)
-    data_dir: str = setting("data", "folder of the data set", recipe=False)
-    runs_dir: str = setting("runs", "folder in which a run makes its own", recipe=False)
+    # The recipe: what is trained, and how.
+    model: str = setting("mobilenetv3", "mobilenetv3, or any timm model by name", pattern=r"[\w.]+")
+    image_size: int = setting(32, "side in pixels to which the model enlarges its images (32 = off)", min=32, max=1_024)
+    pretrained: bool = setting(False, "start from timm's ImageNet weights of the model")
+    weights: str = setting("none", "checkpoint or state dict to start from", path=True)
+    epochs: int = setting(140, "passes over the training images", min=1, max=100_000)
+    batch_size: int = setting(128, "images per training step", min=2, max=65_536)
+    optimizer: str = setting(
+        "adamw", "adamw, or sgd with Nesterov momentum (then --lr 0.2 --weight_decay 5e-4)", choices=("adamw", "sgd")
+    )
+    lr: float = setting(3e-3, "learning rate after warm-up and before decay", min=1e-9, max=1e3)
+    weight_decay: float = setting(0.33, "weight decay, as torch's optimizer applies it", min=0, max=10)
+    decay_norms: bool = setting(False, "apply weight decay to norms and biases too")
+    schedule: str = setting("step", "StepLR, or cosine to 0", choices=("step", "cosine"))
+    lr_step: int = setting(0, "StepLR: epochs between two decays (0 = a third of the run)", min=0, max=100_000)
+    lr_gamma: float = setting(0.3, "StepLR: factor of the learning rate at each decay", min=1e-6, max=1)
+    warmup_epochs: int = setting(4, "epochs of linear warm-up, at most a quarter of the run", min=0, max=1_000)
+    label_smoothing: float = setting(0.1, "part of each target that is spread over all classes", min=0, max=0.99)
+    teacher: str = setting("none", "checkpoint whose logits the model learns instead of the labels", path=True)
+    dropout: float = setting(0.0, "dropout after each projection and before the classifier", min=0, max=0.95)
+    ema: float = setting(0.999, "decay per step of the averaged weights (0 = off)", min=0, max=0.999999)
+    flip: bool = setting(True, "mirror half of the images")
+    crop_padding: int = setting(4, "pixels of reflection around an image before a random crop (0 = off)", min=0, max=16)
+    trivial_augment: float = setting(1.0, "fraction of images that TrivialAugment changes", min=0, max=1)
+    mixup: float = setting(0.0, "alpha of mixup's Beta(alpha, alpha) (0 = off)", min=0, max=100)
+    cutmix: float = setting(0.0, "alpha of CutMix's Beta(alpha, alpha) (0 = off)", min=0, max=100)
+    validation_per_class: int = setting(50, "training images per class kept for validation (0 = none)", min=0, max=499)
+    amp: bool = setting(False, "bfloat16 autocast, on GPUs that have it")
+
+    # The run: which data, which machine, where.
+    experiment: str = setting("default", "preset that the run starts from, see below", pattern=r"[\w-]{1,40}")
+    dataset: str = setting("cifar100", "synthetic images need no download", choices=("cifar100", "synthetic"))
+    images_per_class: int = setting(0, "training images per class (0 = all)", min=0, max=500)
+    seed: int = setting(0, "seed of weights, order and augmentation", min=0, max=1_000_000)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d{1,2})?")
+    threads: int = setting(0, "CPU threads (0 = torch's choice, one per core)", min=0, max=1_024)
+    compile: bool = setting(False, "use torch.compile, with CUDA graphs on a GPU")
+    deterministic: bool = setting(False, "use deterministic CUDA kernels (slower)")
+    tensorboard: bool = setting(False, "also write the log for TensorBoard")
+    data_dir: str = setting("data", "folder of the data set", path=True)
+    runs_dir: str = setting("runs", "folder in which each run makes its own", path=True)
 
     def __post_init__(self) -> None:
         for f in fields(self):
             check_value(f, getattr(self, f.name))
-        count, kept = self.images_per_class, self.validation_per_class
-        if 0 < count <= kept:
-            raise ValueError(f"images_per_class {count} must be above validation_per_class {kept}, or 0 for all")
-        if self.schedule == "cosine" and self.lr_step:
-            raise ValueError(f"lr_step {self.lr_step} has no meaning with schedule cosine; use 0")
+        if 0 < self.images_per_class <= self.validation_per_class:
+            raise ValueError(
+                f"images_per_class {self.images_per_class} must be above validation_per_class "
+                f"{self.validation_per_class}, or 0 for all"
+            )
         if self.pretrained and self.model == "mobilenetv3":
             raise ValueError("pretrained needs a timm model: there are no ImageNet weights of mobilenetv3")
-        if self.teacher_views and self.teacher == "none":
-            raise ValueError(f"teacher_views {self.teacher_views} needs a teacher: it repeats what the model sees")
-        if self.teacher_views and self.dropout:
-            raise ValueError("teacher_views needs dropout 0: dropout and mixing share one random generator")
 
     @property
     def updates_best(self) -> bool:
-        """Whether the best weights also go to checkpoints/best.pth: those of our network on 32x32 real images."""
-        return self.dataset != "synthetic" and (self.model, self.image_size) == ("mobilenetv3", 32)
+        """Whether the run may replace checkpoints/best.pth: our network, on all of CIFAR-100 at 32 pixels."""
+        run = (self.model, self.image_size, self.dataset, self.images_per_class)
+        return run == ("mobilenetv3", 32, "cifar100", 0)
 
 
 def check_value(f: Field, value: Any) -> None:
@@ -121,87 +107,54 @@ def check_value(f: Field, value: Any) -> None:
         raise ValueError(f"{f.name} must not be empty")
 
 
-BASE_RECIPE = {f.name: f.metadata["base"] for f in fields(Config) if f.metadata["recipe"]}  # every technique is off
-# A preset is the base recipe with these changes. Editing a default changes no preset.
-# result1 to result6 are the experiments of the report: AdamW, learning rate 1e-2. Batch size, weight decay (given for
-# result5 only), no augmentation and the position of the dropout are assumed. scratch and taught made the shipped
-# weights without and with a teacher; teacher fine-tunes a network that was trained on ImageNet.
-SCRATCH = {
-    "epochs": 140, "optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "decay_norms": False, "schedule": "cosine",
-    "lr_step": 0, "lr_gamma": 0.5, "warmup_epochs": 2, "label_smoothing": 0.1, "ema": 0.999, "flip": True,
-    "crop_padding": 4, "crop_reflect": True, "trivial_augment": 1.0, "small_fraction": 0.5, "validation_per_class": 0,
+# A recipe without any technique, and so the base of presets that no edit of a default may change.
+PLAIN: dict[str, Any] = {
+    "model": "mobilenetv3", "image_size": 32, "pretrained": False, "weights": "none", "epochs": 100, "batch_size": 128,
+    "optimizer": "adamw", "lr": 1e-2, "weight_decay": 1e-4, "decay_norms": True, "schedule": "step", "lr_step": 35,
+    "lr_gamma": 0.1, "warmup_epochs": 0, "label_smoothing": 0.0, "teacher": "none", "dropout": 0.0, "ema": 0.0,
+    "flip": False, "crop_padding": 0, "trivial_augment": 0.0, "mixup": 0.0, "cutmix": 0.0, "validation_per_class": 50,
+    "amp": False,
 }  # fmt: skip
+# `sgd` and `taught` change the defaults above. result1 to result6 are the experiments of the report: batch size,
+# weight decay (given for result5 only), no augmentation and the place of the dropout are assumed. `teacher`
+# fine-tunes a network that was trained on ImageNet.
 PRESETS: dict[str, dict[str, Any]] = {
-    "result1": {"lr_step": 40},
-    "result2": {},
-    "result3": {"dropout": 0.2},
-    "result4": {"dropout": 0.1},
-    "result5": {"lr_step": 38, "lr_gamma": 0.5},
-    "result6": {"lr_step": 38, "lr_gamma": 0.5, "epochs": 130},
-    "scratch": SCRATCH,
-    "taught": SCRATCH | {
-        "epochs": 110, "teacher": "checkpoints/teacher.pth", "distill_loss": "standardised", "distill_temperature": 2.0,
-        "label_weight": 0.0, "teacher_views": 14, "validation_per_class": 50,
-    },
-    "teacher": {
+    "default": {},
+    "sgd": {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 2},
+    "taught": {"teacher": "checkpoints/teacher.pth", "amp": True},
+    "result1": PLAIN | {"lr_step": 40},
+    "result2": PLAIN,
+    "result3": PLAIN | {"dropout": 0.2},
+    "result4": PLAIN | {"dropout": 0.1},
+    "result5": PLAIN | {"lr_step": 38, "lr_gamma": 0.5},
+    "result6": PLAIN | {"lr_step": 38, "lr_gamma": 0.5, "epochs": 130},
+    "teacher": PLAIN | {
         "model": "tf_efficientnet_lite0", "image_size": 128, "pretrained": True, "epochs": 8, "lr": 1e-3,
-        "weight_decay": 0.02, "decay_norms": False, "schedule": "cosine", "lr_step": 0, "lr_gamma": 0.5,
-        "warmup_epochs": 1, "ema": 0.998, "flip": True, "crop_padding": 4, "crop_reflect": True, "trivial_augment": 1.0,
+        "weight_decay": 0.02, "decay_norms": False, "schedule": "cosine", "warmup_epochs": 1, "ema": 0.998,
+        "flip": True, "crop_padding": 4, "trivial_augment": 1.0, "amp": True,
     },
 }  # fmt: skip
-OLD_NAMES = {"mix_share": "mix_prob", "small_share": "small_fraction"}  # still read from older runs and checkpoints
-MACHINE = {"device", "threads", "data_dir", "compile", "tensorboard"}  # a resumed run may change these
-
-
-def preset(name: str) -> dict[str, Any]:
-    """The whole recipe of a preset. Raises ValueError where it has a setting that there is not."""
-    if unknown := sorted(PRESETS[name].keys() - BASE_RECIPE.keys()):
-        raise ValueError(f"preset {name} in config.py has unknown settings: {', '.join(unknown)}")
-    return BASE_RECIPE | PRESETS[name]
-
-
-def changes(config: Config) -> dict[str, Any]:
-    """The settings that differ from the preset that the run started from (from the defaults, where it is none)."""
-    start = {f.name: f.default for f in fields(Config)} | {"experiment": config.experiment}
-    if config.experiment in PRESETS:
-        start |= preset(config.experiment)
-    return {name: getattr(config, name) for name, value in start.items() if getattr(config, name) != value}
+PRESET_NOTES = "taught needs requirements-tools.txt and a GPU: on two CPU cores it takes more than half a day"
+RESUMABLE = ("device", "threads", "data_dir", "compile", "tensorboard")  # a resumed run may change these
 
 
 def describe(config: Config) -> str:
-    """What is trained: the preset and the settings that differ from it, but for those of the machine."""
-    changed = {name: value for name, value in changes(config).items() if name not in MACHINE | {"runs_dir"}}
-    return ", ".join([config.experiment, *(f"{name}={value}" for name, value in changed.items())])
-
-
-def restore(stored: dict[str, Any]) -> Config:
-    """The settings that a run wrote. One that an older run lacks has its base value, "off". Raises ValueError."""
-    if not isinstance(stored, dict):
-        raise ValueError("there are no settings in it")
-    stored = {OLD_NAMES.get(name, name): value for name, value in stored.items()}
-    if unknown := sorted(stored.keys() - {f.name for f in fields(Config)}):
-        names = ", ".join(unknown)
-        raise ValueError(f"config.py does not know {names}: of a newer version, or renamed (then see OLD_NAMES there)")
-    return Config(**{f.name: f.metadata["base"] for f in fields(Config)} | stored)
-
-
-def resume(stored: dict[str, Any], given: dict[str, Any]) -> Config:
-    """The settings that a run wrote, with the given ones of MACHINE. Raises ValueError where another one differs."""
-    config = restore(stored)
-    changed = {name: value for name, value in given.items() if getattr(config, name) != value}
-    if differing := changed.keys() - MACHINE:
-        text = ", ".join(f"{name} {getattr(config, name)} (now {given[name]})" for name in sorted(differing))
-        raise ValueError(f"it was started with other settings: {text}")
-    return replace(config, **changed)
+    """The preset and the settings in which a run differs from it."""
+    start = {f.name: f.default for f in fields(Config)} | PRESETS.get(config.experiment, {})
+    start |= {"experiment": config.experiment}
+    changed = [f"{name}={getattr(config, name)}" for name in start if getattr(config, name) != start[name]]
+    return ", ".join([config.experiment, *changed])
 
 
 def describe_presets() -> str:
-    """The base recipe, and a line for each preset: what it changes in it."""
-    lines = ["presets (figures: docs/results.md):"]
-    for name, recipe in {"the base recipe": BASE_RECIPE, **PRESETS}.items():
-        text = f"{name}: " + (", ".join(f"{key}={value}" for key, value in recipe.items()) or "the base recipe")
+    """A line per preset: the settings that it changes, of the defaults or of PLAIN."""
+    lines = ["presets (--experiment); their figures stand in docs/results.md:"]
+    for name, preset in {"plain": PLAIN, **PRESETS}.items():
+        plain = name != "plain" and preset.keys() == PLAIN.keys()
+        changes = [f"{key}={value}" for key, value in preset.items() if not (plain and value == PLAIN[key])]
+        text = f"{name}: " + ", ".join(["plain"] * plain + changes or ["the defaults"])
         lines.append(textwrap.fill(text, 120, initial_indent="  ", subsequent_indent="    "))
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  {PRESET_NOTES}"])
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -211,8 +164,13 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
 
 
-def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line of train.py: `config`, `given` (the settings that flags gave) and `resume`."""
+def absolute(text: str) -> str:
+    """A path of the command line; "none" stays."""
+    return text if text in ("none", "") else str(Path(text).absolute())
+
+
+def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Path | None, dict[str, Any]]:
+    """The command line of train.py: a new run's settings, or the folder of a run to resume; and what flags gave."""
     parser = OneLineParser(
         prog="train.py",
         description="Train the MobileNetV3 of model.py on CIFAR-100. The defaults are constants of config.py.",
@@ -223,23 +181,27 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     for f in fields(Config):
         options = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} [{f.default}]"}
-        if f.name == "experiment":
-            options |= {"choices": tuple(PRESETS), "help": "start from a preset, see below"}
-        elif f.type is bool:
+        if f.type is bool:
             options |= {"action": argparse.BooleanOptionalAction}
-        elif f.metadata["choices"]:
-            options |= {"choices": f.metadata["choices"]}
+        elif choices := tuple(PRESETS) if f.name == "experiment" else f.metadata["choices"]:
+            options |= {"choices": choices}
         else:
-            options |= {"type": f.type, "metavar": f.type.__name__.upper()}
+            options |= {"type": absolute if f.metadata["path"] else f.type, "metavar": f.type.__name__.upper()}
         parser.add_argument(f"--{f.name}", **options)
-    arguments = parser.parse_args(argv)
-    given = {f.name: getattr(arguments, f.name) for f in fields(Config) if hasattr(arguments, f.name)}
+    given = vars(parser.parse_args(argv))
+    if folder := given.pop("resume"):
+        if fixed := sorted(given.keys() - set(RESUMABLE)):
+            parser.error(
+                f"--resume takes {', '.join(RESUMABLE)} beside it, not {', '.join(fixed)}. "
+                f"For other settings or more epochs start a new run with --weights {folder}/best.pth"
+            )
+        return None, folder, given
     try:
-        # A resumed run brings its own settings; only the machine's are checked here.
-        start = preset(given["experiment"]) if "experiment" in given else {}
-        config = restore({k: given[k] for k in MACHINE & given.keys()}) if arguments.resume else Config(**start | given)
-        if config.label_weight and config.teacher == "none":  # an older run may have it, and was trained without
-            raise ValueError(f"label_weight {config.label_weight:g} needs a teacher: without one give 0")
-    except ValueError as error:
+        config = Config(**PRESETS[given.get("experiment", "default")] | given)
+    except (TypeError, ValueError) as error:  # TypeError: a preset names a setting that there is not
         parser.error(str(error))
-    return argparse.Namespace(config=config, given=given, resume=arguments.resume)
+    if config.schedule == "step" and config.lr_step >= config.epochs and "lr_step" not in given:
+        parser.error(
+            f"lr_step {config.lr_step} never comes in {config.epochs} epochs: give --lr_step too (0 = a third)"
+        )
+    return config, None, given

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import UserError, atomic_write, locked, one_line, remove_partial
+from utils import ROOT, UserError, atomic_write, one_line
 
 SIDE = 32  # pixels
 CLASSES = 100
@@ -43,7 +43,7 @@ class Images(NamedTuple):
 def load_training(
     dataset: str, data_dir: str, validation_per_class: int, images_per_class: int = 0
 ) -> tuple[Images, Images]:
-    """The training and the validation images, on the CPU; so many images a class (0: all). Raises UserError."""
+    """The training and the validation images, on the CPU; so many images per class (0: all). Raises UserError."""
     images, labels = load(dataset, data_dir, "train", images_per_class)
     train, validation = split(labels, validation_per_class, images_per_class)
     if not len(train):
@@ -57,15 +57,12 @@ def load_test(dataset: str, data_dir: str) -> Images:
 
 
 def load(dataset: str, data_dir: str, source: str, per_class: int = 0) -> Images:
-    """All "train" or "test" images of a data set; of the synthetic one `per_class` images a class (0: all)."""
+    """All "train" or "test" images of a data set; of the synthetic one `per_class` images per class (0: all)."""
     if dataset == "synthetic":
         return synthetic(**SYNTHETIC[source] | ({"per_class": per_class} if per_class else {}))
-    if not data_dir:
-        raise DataError("data_dir must not be empty")
-    path = Path(data_dir) / "cifar100.npz"
-    if not path.exists():
-        build(path)
-    images = torch.from_numpy(read(path, f"{source}_images")).permute(0, 3, 1, 2)
+    name, path = f"{source}_images", ROOT / data_dir / "cifar100.npz"
+    array = read(path, name) if path.exists() else build(path)[name]
+    images = torch.from_numpy(array).permute(0, 3, 1, 2)
     return Images(images, torch.arange(CLASSES).repeat_interleave(len(images) // CLASSES))
 
 
@@ -110,7 +107,7 @@ def normalise(images: Tensor) -> Tensor:
 def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """The factor and the summand of `normalise`, each as a whole image (1, 3, 32, 32): broadcasting three numbers
     along the fastest dimension takes a CPU five times as long."""
-    with torch.inference_mode(False):  # or no gradient could pass, where the first call is an evaluation's
+    with torch.inference_mode(False):  # otherwise no gradient could pass if the first call is an evaluation's
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
         return tuple(
             value.expand(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
@@ -128,9 +125,6 @@ def read(path: Path, name: str) -> np.ndarray:
         check(name, images)
     except PermissionError as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from error
-    except MemoryError as error:
-        reason = f"{one_line(error)}. Free some memory, or delete the file if it asks for more than 1 GB"
-        raise DataError(f"{path} cannot be read: {reason}") from error
     except Exception as error:  # a damaged file raises nearly anything
         reason = one_line(error).partition(". ")[0]  # numpy goes on with advice to open it all the same
         raise DataError(f"{path} is damaged: {reason}. Delete it and run again to build it anew") from error
@@ -145,29 +139,36 @@ def check(name: str, images: np.ndarray) -> None:
         raise ValueError(f"the SHA-256 of {name} differs from the official images'")
 
 
-def build(path: Path) -> None:
-    """Download CIFAR-100, or use the archive beside `path`, and write it as one npz file. Raises DataError."""
+def build(path: Path) -> dict[str, np.ndarray]:
+    """Download CIFAR-100, or use what is beside `path`, and write it as one npz file. Returns its arrays.
+
+    A folder that cannot be written but holds torchvision's files is enough. Raises DataError.
+    """
     from torchvision.datasets import CIFAR100  # here, as its import takes a second
 
-    folder = path.parent
-    if folder.is_file():
-        raise DataError(f"{folder} is a file. Give the folder of the data set")
-    arrays = {}
+    folder, arrays = path.parent, {}
+    archive = folder / CIFAR100.filename
+    had_archive = archive.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, wait=True):
-            if path.exists():  # another process has built it meanwhile
-                return
-            remove_partial(folder, path.name)
-            for source in ("train", "test"):
-                official = CIFAR100(folder, train=source == "train", download=True)
-                arrays[f"{source}_images"] = official.data[np.argsort(official.targets, kind="stable")]
-            for name, images in arrays.items():
-                check(name, images)
-            atomic_write(path, lambda file: np.savez(file, **arrays))
+        for source in ("train", "test"):
+            official = CIFAR100(folder, train=source == "train", download=True)
+            name = f"{source}_images"
+            arrays[name] = np.ascontiguousarray(official.data[np.argsort(official.targets, kind="stable")])
+            check(name, arrays[name])
+    except FileExistsError as error:
+        raise DataError(f"{folder} is a file. Give the folder of the data set") from error
     except (OSError, RuntimeError, ValueError) as error:  # URLError and HTTPError are OSErrors
+        cure = f"Put the official {archive.name} into {folder}/ by hand"
+        if had_archive:
+            cure = f"If {archive} is damaged, delete it and put a whole one there"
         raise DataError(
-            f"CIFAR-100 is not in {path} and torchvision could not get it from {CIFAR100.url} "
-            f"({one_line(error)}). Put the official cifar-100-python.tar.gz into {folder}/ by hand and run again, "
-            "or try the program without data: python train.py --dataset synthetic --epochs 2"
+            f"CIFAR-100 is not in {path} and torchvision could not get it from {CIFAR100.url} ({one_line(error)}). "
+            f"{cure}, or give another --data_dir, or try the program without data: python train.py --dataset synthetic "
+            "--epochs 2"
         ) from error
+    try:
+        atomic_write(path, lambda file: np.savez(file, **arrays))
+    except UserError as error:  # a read-only folder
+        print(f"{error}. Going on without that file")
+    return arrays
