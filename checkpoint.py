@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from config import PLAIN, Config, check_value
 from model import CLASSES, build_model
-from utils import ROOT, UserError, atomic_write, one_line
+from utils import ROOT, UserError, atomic_write, one_line, shown
 
 History = list[dict[str, Any]]  # a dict per epoch with the columns of log.csv; None where nothing was measured
 
@@ -43,8 +43,9 @@ def load(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a dict")
     except Exception as error:  # a damaged file raises nearly anything
-        # torch's own text would advise to run what is in it
-        reason = one_line(error).partition(". ")[0] if isinstance(error, ValueError | OSError) else "it is damaged"
+        reason = "it is damaged, or holds more than plain data"  # torch's own text advises to open it all the same
+        if isinstance(error, ValueError | OSError):
+            reason = one_line(error)
         raise UserError(f"{path} cannot be used: {reason}. Give another file") from error
     return content
 
@@ -72,8 +73,8 @@ def check_archive(path: Path) -> None:
             raise ValueError(f"the checksum of {damaged} does not match its content")
     if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
         raise ValueError(
-            f"it needs {', '.join(sorted(code))}, and loading Python objects could run code; save plain tensors and "
-            "numbers, as torch.save(model.state_dict(), FILE) does"
+            f"it needs {', '.join(sorted(code)[:3])}, and loading Python objects could run code; save plain tensors "
+            "and numbers, as torch.save(model.state_dict(), FILE) does"
         )
 
 
@@ -140,9 +141,8 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def new_run(runs_dir: str, name: str) -> Path:
-    """Make the folder runs_dir/<time>-<name>. Returns it relative to the current folder if it is in it."""
-    folder = ROOT / runs_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
-    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    """Make the folder runs_dir/<time>-<name>."""
+    folder = shown(ROOT / runs_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:

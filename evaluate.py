@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import checkpoint
 from config import Config, OneLineParser, absolute
 from data import SIDE, load_test, normalise
-from utils import choose_device, float32_precision, keep_freed_memory, program
+from utils import choose_device, float32_precision, keep_freed_memory, program, shown
 
 
 class Scores(NamedTuple):
@@ -80,7 +80,7 @@ def grade(path: Path, device: str = Config.device, data_dir: str = Config.data_d
     start = time.perf_counter()
     scores = evaluate(model, *test)
     return {
-        "checkpoint": str(path),
+        "checkpoint": str(shown(path)),
         "experiment": content["config"].get("experiment"),
         "epoch": content.get("epoch"),
         "date": content.get("date"),

@@ -25,7 +25,7 @@ from data import load_training
 from distill import DistillationLoss
 from evaluate import evaluate
 from model import build_model
-from utils import ROOT, UserError
+from utils import UserError
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (images, logits, labels) to the batch's mean loss
 
@@ -59,17 +59,12 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> lr_sche
     return lr_scheduler.ChainedScheduler([warmup, decay])
 
 
-def build_criterion(config: Config, device: torch.device) -> Criterion:
+def build_criterion(config: Config, device: torch.device, amp: bool = False) -> Criterion:
     """Cross-entropy with label smoothing (Szegedy et al., 2016), or with a teacher the distance to its logits."""
     if config.teacher != "none":
-        return DistillationLoss(ROOT / config.teacher, device, use_amp(config, device), config.compile)
+        return DistillationLoss(utils.ROOT / config.teacher, device, amp, config.compile)
     cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     return lambda images, logits, labels: cross_entropy(logits, labels)
-
-
-def use_amp(config: Config, device: torch.device) -> bool:
-    """Whether to train in bfloat16 where that loses nothing. On CPUs it is three times slower."""
-    return config.amp and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class EMA:
@@ -167,12 +162,13 @@ def open_tensorboard(folder: Path, epoch: int) -> Any:
     return SummaryWriter(str(folder), purge_step=epoch, flush_secs=10)
 
 
-def update_best(folder: Path, config: Config) -> None:
-    """Let the best weights of a run that may do so replace checkpoints/best.pth, which is what pytest grades."""
+def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
+    """Draw the curves, and let the best weights of a run that may do so replace checkpoints/best.pth."""
+    draw_curves({folder.name: history}, folder / "curves.png")
     if config.updates_best and (folder / "best.pth").exists():
         try:
             checkpoint.copy(folder / "best.pth", checkpoint.BEST)
-            print(f"{checkpoint.BEST} is now the best of this run")
+            print(f"{utils.shown(checkpoint.BEST)}, which pytest grades, is now the best of this run")
         except (OSError, UserError) as error:  # as in a checkout that is read-only
             print(f"{error}. The best of this run is in {folder}")
 
@@ -180,8 +176,8 @@ def update_best(folder: Path, config: Config) -> None:
 def train(config: Config, folder: Path | None = None) -> Path:
     """Train a new run, or go on with the one in `folder`. Returns the run's folder. Raises UserError.
 
-    On Ctrl-C and SIGTERM it says how to go on and raises KeyboardInterrupt: the epoch under way is repeated then. Each
-    of several processes calls this; the first one validates, prints and writes the files.
+    On Ctrl-C and SIGTERM it says how to resume and raises KeyboardInterrupt: the epoch under way is repeated then.
+    torchrun's processes all call this; the first one validates, prints and writes the files.
     """
     device = utils.choose_device(config.device)
     first, resumed = utils.rank() == 0, folder is not None
@@ -195,13 +191,15 @@ def train(config: Config, folder: Path | None = None) -> Path:
         torch.manual_seed(config.seed)
         model = build_model(config.model, config.dropout, config.image_size, config.pretrained and not resumed)
         if config.weights != "none" and not resumed:
-            path = ROOT / config.weights
+            path = utils.ROOT / config.weights
             checkpoint.load_weights(model, checkpoint.load(path), path, fine_tune=True)
         model.to(device, memory_format=torch.channels_last)
         ema = EMA(model, config.ema)
         optimizer = build_optimizer(model, config)
         scheduler = build_scheduler(optimizer, config)
-        criterion = build_criterion(config, device)
+        # On CPUs bfloat16 is three times slower.
+        amp = config.amp and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        criterion = build_criterion(config, device, amp)
         stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
         history = checkpoint.restore(folder, stateful) if resumed else []
 
@@ -223,15 +221,13 @@ def train(config: Config, folder: Path | None = None) -> Path:
             for epoch in range(len(history) + 1, config.epochs + 1):
                 print(f"Epoch {epoch}/{config.epochs}")
                 start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
-                loader.set_epoch(epoch - 1)
-                loss, accuracy = train_one_epoch(
-                    wrapped_model, loader, criterion, optimizer, ema, use_amp(config, device)
-                )
+                loader.set_epoch(epoch - 1)  # which counts from 0
+                loss, accuracy = train_one_epoch(wrapped_model, loader, criterion, optimizer, ema, amp)
                 speed = len(loader) * loader.batch_size / (time.perf_counter() - start)
                 scheduler.step()
+                print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
                 row = dict.fromkeys(checkpoint.COLUMNS)
                 row |= {"epoch": epoch, "lr": lr, "train_loss": loss, "train_accuracy": accuracy}
-                print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
                 if config.validation_per_class and first:
                     scores = evaluate(ema.model, *validation)
                     row |= {"validation_loss": scores.loss, "validation_accuracy": scores.top1}
@@ -243,42 +239,28 @@ def train(config: Config, folder: Path | None = None) -> Path:
                     )
                 if not first:
                     continue  # what follows must not wait for the other processes
-                row |= {"images_per_second": speed, "seconds": time.perf_counter() - start}
-                history.append(row)
+                history.append(row | {"images_per_second": speed, "seconds": time.perf_counter() - start})
                 if checkpoint.save_epoch(folder, about, history, stateful, ema.model.state_dict()):
                     print("Saved Best Model")
                 print(f"Learning Rate: {lr:.6f}", flush=True)
-                if writer:
-                    for name, value in row.items():
-                        if value is not None:
-                            writer.add_scalar(name, value, epoch)
+                for name, value in row.items() if writer else ():
+                    if value is not None:
+                        writer.add_scalar(name, value, epoch)
                 if time.monotonic() - last_drawn > 60:  # drawing takes half a second
                     draw_curves({folder.name: history}, folder / "curves.png")
                     last_drawn = time.monotonic()
         except KeyboardInterrupt:
             again = f"Resume with: python train.py --resume {shlex.quote(str(folder))}"
             print(f"\nStopped. {again if history else 'No epoch was finished: start the run again'}", flush=True)
+            if first and history:
+                finish(folder, config, history)
             raise
         finally:
             if writer:
                 writer.close()
-            if first and history:
-                draw_curves({folder.name: history}, folder / "curves.png")
-                update_best(folder, config)
+        if first:
+            finish(folder, config, history)
     return folder
-
-
-def summary(folder: Path, config: Config) -> str:
-    """What a finished run gave, where it is, and what to type next."""
-    best = checkpoint.load(folder / "best.pth")
-    accuracy = best["metrics"]["validation_accuracy"]
-    elsewhere = "" if config.data_dir == Config.data_dir else f" --data_dir {shlex.quote(config.data_dir)}"
-    validated = "the last, without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
-    return (
-        f"Best epoch: {best['epoch']} of {config.epochs} ({validated})\n"
-        f"Log, curves and checkpoints: {folder}\n"
-        f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}{elsewhere}"
-    )
 
 
 @utils.program("train.py")
@@ -292,7 +274,11 @@ def main(argv: list[str] | None = None) -> int:
     with utils.process_group(config.device):
         folder = train(config, folder)
         if utils.rank() == 0:
-            print(summary(folder, config))
+            best = checkpoint.load(folder / "best.pth")
+            accuracy = best["metrics"]["validation_accuracy"]
+            validated = "the last, without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
+            print(f"Best epoch: {best['epoch']} of {config.epochs} ({validated})\nLog, curves, checkpoints: {folder}")
+            print(f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}")
     return 0
 
 

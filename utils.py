@@ -32,10 +32,9 @@ def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
-            streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
-            errors = [stream.errors for stream in streams]
-            for stream in streams:
-                stream.reconfigure(errors="backslashreplace")
+            stdout = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else io.TextIOWrapper(io.BytesIO())
+            errors = stdout.errors
+            stdout.reconfigure(errors="backslashreplace")
             try:
                 return main(argv)
             except (UserError, OSError) as error:
@@ -44,8 +43,7 @@ def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
             except KeyboardInterrupt:
                 return 130
             finally:
-                for stream, before in zip(streams, errors, strict=True):
-                    stream.reconfigure(errors=before)
+                stdout.reconfigure(errors=errors)
 
         return run
 
@@ -70,13 +68,16 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def shown(path: Path) -> Path:
+    """A path as it is typed in the current folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write` fill a temporary file, sync it to the disk and rename it to `path`: a reader sees all or nothing.
 
     Raises UserError if `path` is a folder, the disk is full, or the folder is read-only or gone. An older file stays.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder. Give the name of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
@@ -84,15 +85,11 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        if temporary.exists():
-            temporary.unlink()
-        if isinstance(error, OSError):
-            reason = error.strerror or one_line(error)
-            raise UserError(
-                f"{path} cannot be written: {reason}. Make room or repair the folder, then try again"
-            ) from error
-        raise
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{path} cannot be written: {reason}. Make room or repair the folder and try again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def world_size() -> int:
@@ -160,20 +157,18 @@ def choose_device(name: str) -> torch.device:
 @contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
     """Compute CUDA's float32 convolutions and matrix products in "ieee" float32, or faster in "tf32"."""
-    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = precision
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = precision
     try:
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+        convolutions.fp32_precision, products.fp32_precision = before
 
 
 @contextmanager
 def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
-    """Train with so many CPU threads (0: torch's choice), deterministic kernels or not, and TF32; restored at the end."""
+    """Use so many CPU threads (0: torch's choice), deterministic kernels or not, and TF32. Restored at the end."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.set_flush_denormal(True)  # otherwise gradients near 0 slow a CPU down (docs/notes.md)
     torch.set_num_threads(threads or before[0])
