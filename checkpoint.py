@@ -141,15 +141,16 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def new_run(runs_dir: str, name: str) -> Path:
-    """Make the folder runs_dir/<time>-<name>."""
+    """Make the folder runs_dir/<time>-<name>. Raises UserError."""
     folder = shown(ROOT / runs_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:  # another run of the same second
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        while folder.exists():  # another run of the same second
             folder = folder.with_name(folder.name + "+")
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}. Give another --runs_dir") from error
+    return folder
 
 
 def save_epoch(
@@ -197,13 +198,6 @@ def restore(folder: Path, stateful: dict[str, Any]) -> History:
         return content["history"]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"cannot resume {folder}: last.pth does not fit the code, {one_line(error)}") from error
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint, whole or not at all."""
-    target.parent.mkdir(exist_ok=True)
-    content = source.read_bytes()
-    atomic_write(target, lambda file: file.write(content))
 
 
 def best_row(history: History) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import argparse
 import math
 import re
-import textwrap
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,7 +60,9 @@ class Config:
     amp: bool = setting(False, "bfloat16 autocast, on GPUs that have it")
 
     # The run: which data, which machine, where.
-    experiment: str = setting("default", "preset that the run starts from, see below", pattern=r"[\w-]{1,40}")
+    experiment: str = setting(
+        "default", "preset to start from, see PRESETS in config.py; taught wants a GPU", pattern=r"[\w-]{1,40}"
+    )
     dataset: str = setting("cifar100", "synthetic images need no download", choices=("cifar100", "synthetic"))
     images_per_class: int = setting(0, "training images per class (0 = all)", min=0, max=500)
     seed: int = setting(0, "seed of weights, order and augmentation", min=0, max=1_000_000)
@@ -83,12 +84,8 @@ class Config:
             )
         if self.pretrained and self.model == "mobilenetv3":
             raise ValueError("pretrained needs a timm model: there are no ImageNet weights of mobilenetv3")
-
-    @property
-    def updates_best(self) -> bool:
-        """Whether the run may replace checkpoints/best.pth: our network, on all of CIFAR-100 at 32 pixels."""
-        run = (self.model, self.image_size, self.dataset, self.images_per_class)
-        return run == ("mobilenetv3", 32, "cifar100", 0)
+        if self.compile and self.device == "mps":
+            raise ValueError("compile does not work on mps yet")
 
 
 def check_value(f: Field, value: Any) -> None:
@@ -115,9 +112,9 @@ PLAIN: dict[str, Any] = {
     "flip": False, "crop_padding": 0, "trivial_augment": 0.0, "mixup": 0.0, "cutmix": 0.0, "validation_per_class": 50,
     "amp": False,
 }  # fmt: skip
-# `sgd` and `taught` change the defaults above. result1 to result6 are the experiments of the report: batch size,
-# weight decay (given for result5 only), no augmentation and the place of the dropout are assumed. `teacher`
-# fine-tunes a network that was trained on ImageNet.
+# `sgd` and `taught` change the defaults above. `taught` needs requirements-tools.txt and wants a GPU: on two CPU cores
+# it takes more than half a day. result1 to result6 are the experiments of the report: batch size, weight decay (given
+# for result5 only), no augmentation and the place of the dropout are assumed. `teacher` fine-tunes an ImageNet network.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "sgd": {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 2},
@@ -134,7 +131,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flip": True, "crop_padding": 4, "trivial_augment": 1.0, "amp": True,
     },
 }  # fmt: skip
-PRESET_NOTES = "taught needs requirements-tools.txt and a GPU: on two CPU cores it takes more than half a day"
 RESUMABLE = ("device", "threads", "data_dir", "compile", "tensorboard")  # a resumed run may change these
 
 
@@ -144,17 +140,6 @@ def describe(config: Config) -> str:
     start |= {"experiment": config.experiment}
     changed = [f"{name}={getattr(config, name)}" for name in start if getattr(config, name) != start[name]]
     return ", ".join([config.experiment, *changed])
-
-
-def describe_presets() -> str:
-    """A line per preset: the settings that it changes, of the defaults or of PLAIN."""
-    lines = ["presets (--experiment); their figures stand in docs/results.md:"]
-    for name, preset in {"plain": PLAIN, **PRESETS}.items():
-        plain = name != "plain" and preset.keys() == PLAIN.keys()
-        changes = [f"{key}={value}" for key, value in preset.items() if not (plain and value == PLAIN[key])]
-        text = f"{name}: " + ", ".join(["plain"] * plain + changes or ["the defaults"])
-        lines.append(textwrap.fill(text, 120, initial_indent="  ", subsequent_indent="    "))
-    return "\n".join([*lines, f"  {PRESET_NOTES}"])
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -174,7 +159,6 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
     parser = OneLineParser(
         prog="train.py",
         description="Train the MobileNetV3 of model.py on CIFAR-100. The defaults are constants of config.py.",
-        epilog=describe_presets(),
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=120),
     )

@@ -120,11 +120,9 @@ def read(path: Path, name: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as file:
             images = file[name]
         check(name, images)
-    except PermissionError as error:
-        raise DataError(f"{path} cannot be read: {one_line(error)}") from error
     except Exception as error:  # a damaged file raises nearly anything
         reason = one_line(error).partition(". ")[0]  # numpy goes on with advice to open it all the same
-        raise DataError(f"{path} is damaged: {reason}. Delete it and run again to build it anew") from error
+        raise DataError(f"{path} cannot be used: {reason}. Delete it and run again to build it anew") from error
     return images
 
 
@@ -153,8 +151,6 @@ def build(path: Path) -> dict[str, np.ndarray]:
             name = f"{source}_images"
             arrays[name] = np.ascontiguousarray(official.data[np.argsort(official.targets, kind="stable")])
             check(name, arrays[name])
-    except FileExistsError as error:
-        raise DataError(f"{folder} is a file. Give the folder of the data set") from error
     except (OSError, RuntimeError, ValueError) as error:  # URLError and HTTPError are OSErrors
         cure = f"Put the official {archive.name} into {folder}/ by hand"
         if had_archive:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import UserError, one_line
 
 CLASSES = 100
 ReLU = partial(nn.ReLU, inplace=True)
@@ -105,26 +105,22 @@ def build_model(name: str, dropout: float = 0.0, image_size: int = 32, pretraine
     """The network of the report ("mobilenetv3"), or timm's model of that name with its ImageNet weights or random ones.
 
     It takes normalised float (N, 3, 32, 32), enlarges it to `image_size` pixels unless that is 32, and returns logits
-    (N, 100). Raises UserError if timm is not installed, does not know the name, cannot fetch the weights, or its model
-    cannot take such images.
+    (N, 100). Raises UserError if timm does not know the name, cannot fetch the weights, or its model cannot take such
+    images; ModuleNotFoundError without timm.
     """
-    model: nn.Module
     if name == "mobilenetv3":
-        model = MobileNetV3(dropout)
+        model: nn.Module = MobileNetV3(dropout)
     else:
-        try:
-            import timm  # optional
+        import timm  # optional
 
+        try:
             model = timm.create_model(name, pretrained=pretrained, num_classes=CLASSES, drop_rate=dropout)
             with torch.no_grad():  # some take one size of image only, or none so small
                 model.eval()(torch.zeros(1, 3, image_size, image_size))
-            model.train()
-        except ImportError as error:
-            raise UserError(f"model {name} needs timm. Run: pip install -r requirements-tools.txt") from error
         except Exception as error:  # nearly anything, as while it fetches weights
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"timm cannot make model {name} for {image_size} pixels: {reason}. Its names: timm.list_models(). For "
-                "too small images give --image_size 64, without a network --no-pretrained"
+                f"timm cannot make model {name} for {image_size} pixels: {one_line(error)}. Its names: "
+                "timm.list_models(). For too small images give --image_size 64, without a network --no-pretrained"
             ) from error
+        model.train()
     return model if image_size == 32 else nn.Sequential(Enlarge(image_size, mode="bicubic"), model)

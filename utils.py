@@ -26,8 +26,8 @@ class UserError(Exception):
 
 
 def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate a `main` that returns an exit code: UserError and OSError print one line on stderr and return 1, Ctrl-C
-    and SIGTERM return 130. What the terminal's encoding lacks, as in some paths, is printed as an escape."""
+    """Decorate a `main` that returns an exit code: an error of the user's, of the system or of a missing package prints
+    one line on stderr and returns 1, Ctrl-C and SIGTERM return 130. What the terminal's encoding lacks is escaped."""
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(main)
@@ -37,8 +37,9 @@ def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
             stdout.reconfigure(errors="backslashreplace")
             try:
                 return main(argv)
-            except (UserError, OSError) as error:
-                print(f"{name}: error: {error}", file=sys.stderr)
+            except (UserError, OSError, ModuleNotFoundError) as error:
+                cure = ". Run: pip install -r requirements-tools.txt" * isinstance(error, ModuleNotFoundError)
+                print(f"{name}: error: {error}{cure}", file=sys.stderr)
                 return 1
             except KeyboardInterrupt:
                 return 130
