@@ -192,6 +192,8 @@ def resumed_config(folder: Path, given: dict[str, Any]) -> Config:
 def restore(folder: Path, stateful: dict[str, Any]) -> History:
     """Give each part of a run the state that it had in the folder's last.pth. Returns the history. Raises UserError."""
     content = load(folder / "last.pth")
+    for partial in folder.glob(".*.part"):  # that a killed process left
+        partial.unlink()
     try:
         for name, part in stateful.items():
             part.load_state_dict(content[name])

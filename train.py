@@ -221,20 +221,27 @@ def train(config: Config, folder: Path | None = None) -> Path:
                 speed = len(loader) * loader.batch_size / (time.perf_counter() - start)
                 scheduler.step()
                 print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
-                row = dict.fromkeys(checkpoint.COLUMNS)
-                row |= {"epoch": epoch, "lr": lr, "train_loss": loss, "train_accuracy": accuracy}
-                if config.validation_per_class and first:
-                    scores = evaluate(ema.model, *validation)
-                    row |= {"validation_loss": scores.loss, "validation_accuracy": scores.top1}
+                scores = evaluate(ema.model, *validation) if config.validation_per_class and first else None
+                if scores:
                     print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
-                if not (ema.is_finite() and math.isfinite(loss) and math.isfinite(row["validation_loss"] or 0)):
+                if not (ema.is_finite() and math.isfinite(loss) and (not scores or math.isfinite(scores.loss))):
                     raise UserError(
                         f"the loss or a weight is not finite in epoch {epoch} at learning rate {lr:g}. "
                         "Earlier checkpoints stay as they are. Try a lower lr"
                     )
                 if not first:
                     continue  # what follows must not wait for the other processes
-                history.append(row | {"images_per_second": speed, "seconds": time.perf_counter() - start})
+                row = {
+                    "epoch": epoch,
+                    "lr": lr,
+                    "train_loss": loss,
+                    "train_accuracy": accuracy,
+                    "validation_loss": scores and scores.loss,
+                    "validation_accuracy": scores and scores.top1,
+                    "images_per_second": speed,
+                    "seconds": time.perf_counter() - start,
+                }
+                history.append(row)
                 if checkpoint.save_epoch(folder, about, history, stateful, ema.model.state_dict()):
                     print("Saved Best Model")
                 print(f"Learning Rate: {lr:.6f}", flush=True)
@@ -245,10 +252,11 @@ def train(config: Config, folder: Path | None = None) -> Path:
                     draw_curves({folder.name: history}, folder / "curves.png")
                     last_drawn = time.monotonic()
         except KeyboardInterrupt:
-            again = f"Resume with: python train.py --resume {shlex.quote(str(folder))}"
-            print(f"\nStopped. {again if history else 'No epoch was finished: start the run again'}", flush=True)
-            if first and history:
+            if first and (folder / "last.pth").exists():
                 finish(folder, config, history)
+                print(f"Stopped. Resume with: python train.py --resume {shlex.quote(str(folder))}", flush=True)
+            else:
+                print("Stopped before an epoch was finished: start the run again", flush=True)
             raise
         finally:
             if writer:
