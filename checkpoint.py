@@ -156,10 +156,10 @@ def new_run(runs_dir: str, name: str) -> Path:
 def save_epoch(
     folder: Path, about: dict[str, Any], history: History, stateful: dict[str, Any], weights: dict[str, Tensor]
 ) -> bool:
-    """Write last.pth, log.csv and, for the best epoch (unvalidated: the last one), best.pth. Returns whether it was.
+    """Write log.csv, last.pth and, for the best epoch (unvalidated: the last one), best.pth. Returns whether it was.
 
-    last.pth, from which a run is resumed, comes after best.pth: a run killed between them repeats the epoch and writes
-    the same best.pth again.
+    last.pth, from which a run is resumed, comes last: a run killed before it repeats the epoch and writes the same
+    files again.
     """
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     common = {**about, "epoch": len(history), "metrics": history[-1], "date": date}
@@ -167,9 +167,9 @@ def save_epoch(
     best = best_row(history) is history[-1] if validated else len(history) == about["config"]["epochs"]
     if best:
         save(folder / "best.pth", common | {"weights": weights})
+    write_log(folder / "log.csv", history)
     states = {name: part.state_dict() for name, part in stateful.items()}
     save(folder / "last.pth", common | {"history": history} | states)
-    write_log(folder / "log.csv", history)
     return best
 
 

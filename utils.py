@@ -32,9 +32,10 @@ def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
-            stdout = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else io.TextIOWrapper(io.BytesIO())
-            errors = stdout.errors
-            stdout.reconfigure(errors="backslashreplace")
+            stdout = sys.stdout
+            if escapes := isinstance(stdout, io.TextIOWrapper):  # in a notebook it is not
+                errors = stdout.errors
+                stdout.reconfigure(errors="backslashreplace")
             try:
                 return main(argv)
             except (UserError, OSError, ModuleNotFoundError) as error:
@@ -44,7 +45,8 @@ def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
             except KeyboardInterrupt:
                 return 130
             finally:
-                stdout.reconfigure(errors=errors)
+                if escapes:
+                    stdout.reconfigure(errors=errors)
 
         return run
 
@@ -90,7 +92,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         reason = error.strerror or one_line(error)
         raise UserError(f"{path} cannot be written: {reason}. Make room or repair the folder and try again") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def world_size() -> int:
