@@ -1,0 +1,246 @@
+"""Grade a finished run once on the official test set and record it: python -m tools.results RUN --name NAME.
+
+That writes docs/results/NAME.json, docs/logs/NAME.csv and docs/curves/NAME.png. Without RUN the tables between the
+markers in docs/results.md and README.md are made anew from those files.
+"""
+
+import csv
+import json
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import data
+import evaluate
+from config import PLAIN, Config, OneLineParser, absolute, describe
+from curves import draw_curves
+from utils import ROOT, UserError, atomic_write, choose_device, keep_freed_memory, one_line, program
+
+# The content of docs/results/NAME.json, with the run's log under "history". Accuracies are in percent.
+Record = dict[str, Any]
+
+DOCS, README = ROOT / "docs", ROOT / "README.md"
+PUBLISHED = "taught"  # the record of checkpoints/published.pth
+EXPERIMENTS = ("result1", "result2", "result3", "result4", "result5", "result6")
+
+
+def record_run(run: Path, name: str, data_dir: str) -> Path:
+    """Grade a run and write its record, log and curves. Returns the record's path. Raises UserError.
+
+    A record without test figures keeps its name, title and claim.
+    """
+    if not re.fullmatch(r"[\w-]{1,60}", name):
+        raise UserError(f"--name {name!r} must have 1 to 60 letters, digits, _ and -")
+    path = DOCS / "results" / f"{name}.json"
+    before = read_json(path) if path.exists() else {"name": name}
+    if not isinstance(before, dict) or "name" not in before:
+        raise UserError(f"{path} is not the record of a run. Give another --name")
+    if before.get("test"):
+        raise UserError(f"{path} has test figures, and a run is graded once: grading again means deleting the record")
+    config = checkpoint.resumed_config(run, {})
+    last, best = checkpoint.load(run / "last.pth"), checkpoint.load(run / "best.pth")
+    if config.dataset != "cifar100" or config.images_per_class:
+        raise UserError(f"{run} was not trained on all images of CIFAR-100. Give a run that was")
+    if last["epoch"] < config.epochs:
+        unfinished = f"{run} has finished {last['epoch']} of {config.epochs} epochs"
+        raise UserError(f"{unfinished}. First finish it: python train.py --resume {shlex.quote(str(run))}")
+
+    grade = evaluate.grade(run / "best.pth", data_dir=data_dir)
+    train_set, _ = data.load_training("cifar100", data_dir, config.validation_per_class)
+    device = choose_device("auto")
+    model = checkpoint.load_model(run / "best.pth")[0].to(device)
+    train_eval = evaluate.evaluate(model, *train_set.to(device))
+    row = best["metrics"]
+    record = {
+        "name": before["name"],
+        "title": before.get("title", describe(config)),
+        "config": {setting: portable(best["config"][setting]) for setting in PLAIN},
+        "seed": config.seed,
+        **{key: best[key] for key in ("commit", "torch", "machine", "date")},
+        "run": run.resolve().name,
+        "epochs": last["epoch"],
+        "best_epoch": best["epoch"],
+        "train": scores(row["train_accuracy"], row["train_loss"]),
+        "train_mode": "running",  # on augmented images, averaged over the epoch while the weights change
+        "train_eval": scores(train_eval.top1, train_eval.loss, images=len(train_set.labels)),
+        "validation": scores(row["validation_accuracy"], row["validation_loss"]),
+        "test": scores(grade["accuracy"], grade["loss"], top5=round(grade["top5"], 6), images=grade["images"]),
+        "cost": {"operations": grade["flops"], "size_kb": round(grade["size_kb"], 3)},
+        "claimed": before.get("claimed"),
+        "log": f"docs/logs/{name}.csv",
+        "curves": f"docs/curves/{name}.png",
+        "note": f"The {'best epoch on validation' if config.validation_per_class else 'last epoch'}, graded once.",
+    }
+    try:
+        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"{run} has a figure that is not finite, so it is not recorded. Train it again") from error
+    checkpoint.write_log(DOCS / "logs" / f"{name}.csv", last["history"])
+    draw_curves({name: last["history"]}, DOCS / "curves" / f"{name}.png")
+    atomic_write(path, lambda file: file.write(text.encode()))
+    print(evaluate.format_grade(grade))
+    return path
+
+
+def portable(value: Any) -> Any:
+    """A setting. Of an absolute path, which means nothing on another machine, the file name."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def scores(accuracy: float | None, loss: float | None, **more: float) -> dict[str, float] | None:
+    """Accuracy and loss as a record has them; None if they were not measured."""
+    return None if accuracy is None else {"accuracy": round(accuracy, 6), "loss": round(loss, 6), **more}
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {one_line(error)}. Repair it by hand") from error
+
+
+def read_records() -> dict[str, Record]:
+    """The records that have test figures, by name, in the order of their dates. Raises UserError."""
+    contents = [read_json(path) for path in sorted((DOCS / "results").glob("*.json"))]
+    records = [content for content in contents if isinstance(content, dict) and content.get("test")]
+    for record in records:
+        record["history"] = checkpoint.read_log(DOCS / "logs" / f"{record['name']}.csv")
+    return {record["name"]: record for record in sorted(records, key=lambda record: record["date"])}
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} %"
+
+
+def table(heads: list[str], rows: list[list[Any]]) -> str:
+    """A table in Markdown, without the columns in which all cells are empty."""
+    kept = [i for i in range(len(heads)) if any(row[i] != "" for row in rows)]
+    lines = [heads, ["-"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(str(line[i]) for i in kept)} |" for line in lines)
+
+
+def runs_table(records: list[Record]) -> str:
+    """A row per run."""
+    rows = []
+    for record in records:
+        hours = sum(row["seconds"] for row in record["history"]) / 3600
+        made = [record["seed"], record["commit"] or "not recorded", f"{hours:.1f}", record["best_epoch"]]
+        parts = [record.get(part) for part in ("claimed", "train", "train_eval", "validation", "test")]
+        accuracies = [percent(part and part["accuracy"]) for part in parts]
+        files = [f"[{key}]({record[key].removeprefix('docs/')})" for key in ("log", "curves") if record[key]]
+        rows.append([f"`{record['name']}`", record["title"], *made, *accuracies, ", ".join(files)])
+    heads = ["run", "what", "seed", "commit", "hours", "best epoch"]
+    heads += ["claimed, unpublished file", "train", "train, eval mode", "validation", "test", "files"]
+    return table(heads, rows) if rows else "No run is recorded yet."
+
+
+def comparisons_table(name: str) -> str:
+    """A row per run of docs/results/NAME.json: its validation accuracy in the last epoch that docs/logs/NAME.csv has of
+    it, and the points over its base. A second seed of RUN is called RUN-seed1 in the log."""
+    with (DOCS / "logs" / f"{name}.csv").open(encoding="utf-8") as file:
+        last = {row["run"]: float(row["validation_accuracy"]) for row in csv.DictReader(file)}
+    rows = []
+    for row in read_json(DOCS / "results" / f"{name}.json"):
+        run, base, flags = row["run"], row["base"], row["flags"]
+        pairs = [(run + seed, f"{base}{seed}") for seed in ("", "-seed1")]
+        points = [f"{last[new] - last[old]:+.2f}" for new, old in pairs if new in last and old in last]
+        accuracies = [percent(last[run]), percent(last.get(f"{run}-seed1"))]
+        compared = [f"`{base}`" if base else "", ", ".join(points), f"`{flags}`" if flags else ""]
+        rows.append([f"`{run}`", row["changed"], *accuracies, *compared])
+    return table(["run", "what changed", "seed 0", "seed 1", "compared with", "points", "flags"], rows)
+
+
+def seeds_text(records: list[Record]) -> str:
+    """The test accuracy of runs that differ in their seed only."""
+    if not records:
+        return "not measured yet"
+    figures = [record["test"]["accuracy"] for record in records]
+    seeds = ", ".join(str(record["seed"]) for record in records)
+    if len(figures) == 1:
+        return f"**{figures[0]:.2f} %** (one run, seed {seeds})"
+    deviation = statistics.stdev(figures)
+    return f"**{statistics.mean(figures):.2f} %** ± {deviation:.2f} (mean and standard deviation of seeds {seeds})"
+
+
+def fill(path: Path, tables: dict[str, str]) -> str:
+    """The text of a page with these tables between the markers of their names. Raises UserError."""
+    text = path.read_text("utf-8")
+    for name, lines in tables.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, opened, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not (opened and closed):
+            raise UserError(f"{path} lacks the markers {start.strip()} and {end}. Put each on a line of its own")
+        text = f"{before}{start}{lines}\n{end}{after}"
+    return text
+
+
+def make_tables(records: dict[str, Record], default: list[Record]) -> dict[Path, dict[str, str]]:
+    """The tables of each page, by the names of their markers. Raises UserError."""
+    published = records[PUBLISHED]
+    experiments = [records[name] for name in EXPERIMENTS if name in records]
+    results = [
+        ["accuracy of `checkpoints/published.pth`", seeds_text([published])],
+        ["accuracy that `python train.py` gives", seeds_text(default)],
+        ["multiply-adds", f"{published['cost']['operations']:,}"],
+        ["parameter size", f"{published['cost']['size_kb']:.3f} kB"],
+    ]
+    tables = {
+        "default": runs_table(default),
+        "experiments": runs_table(experiments),
+        "runs": runs_table([run for run in records.values() if run not in default + experiments]),
+    }
+    if default:
+        tables["default"] += f"\n\nTest: {seeds_text(default)}.\n\n![loss and accuracy over epochs](curves/default.png)"
+    for name in ("recipe", "comparisons", "distillation"):
+        if (DOCS / "logs" / f"{name}.csv").exists():
+            tables[name] = comparisons_table(name)
+    return {README: {"results": table(["", "official test set"], results)}, DOCS / "results.md": tables}
+
+
+def write_pages(check: bool) -> None:
+    """Write the tables of both pages, and docs/curves/default.png. With `check` only compare. Raises UserError."""
+    try:
+        records = read_records()
+        default = [records[name] for name in sorted(records) if re.fullmatch(r"default-\d+", name)]
+        pages = {path: fill(path, tables) for path, tables in make_tables(records, default).items()}
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"docs/results or docs/logs lack what the pages show ({problem}). Repair them") from error
+    changed = [path for path, text in pages.items() if path.read_text("utf-8") != text]
+    if check and changed:
+        raise UserError(f"not up to date: {', '.join(map(str, changed))}. Run: python -m tools.results")
+    for path in changed:
+        atomic_write(path, lambda file, path=path: file.write(pages[path].encode()))
+    if default and not check:
+        draw_curves({run["name"]: run["history"] for run in default}, DOCS / "curves" / "default.png")
+
+
+@program("tools.results")
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineParser(prog="python -m tools.results", description=__doc__)
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--name", help="of its record: letters, digits, _ and -")
+    parser.add_argument(
+        "--data_dir", type=absolute, default=ROOT / Config.data_dir, help="folder of the data set [%(default)s]"
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail unless both pages are up to date")
+    arguments = parser.parse_args(argv)
+    if (arguments.run is None) != (arguments.name is None) or (arguments.run and arguments.check):
+        parser.error("give RUN with its --name to record a run, or neither to write the pages")
+    if arguments.run:
+        keep_freed_memory()
+        path = record_run(arguments.run, arguments.name, arguments.data_dir)
+        print(f"Record: {path}. Bring the pages up to date: python -m tools.results")
+    else:
+        write_pages(arguments.check)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
