@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import PLAIN, Config, check_value
+from config import Config, check_value
 from model import CLASSES, build_model
 from utils import ROOT, UserError, atomic_write, one_line, shown
 
@@ -127,11 +127,11 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     network for CIFAR-100.
     """
     content = load(path)
-    config = content.get("config")
-    config = PLAIN | {"dataset": "cifar100"} | (config if isinstance(config, dict) else {})
+    assumed = {"model": "mobilenetv3", "image_size": 32, "dataset": "cifar100"}
+    config = assumed | content["config"] if isinstance(content.get("config"), dict) else assumed
     try:
         for f in fields(Config):
-            if f.name in ("model", "image_size", "dataset"):
+            if f.name in assumed:
                 check_value(f, config[f.name])
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}. Give another file") from error
@@ -193,7 +193,7 @@ def restore(folder: Path, stateful: dict[str, Any]) -> History:
     """Give each part of a run the state that it had in the folder's last.pth. Returns the history. Raises UserError."""
     content = load(folder / "last.pth")
     for partial in folder.glob(".*.part"):  # that a killed process left
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     try:
         for name, part in stateful.items():
             part.load_state_dict(content[name])
