@@ -7,7 +7,6 @@ markers in docs/results.md and README.md are made anew from those files.
 import csv
 import json
 import re
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -29,25 +28,18 @@ EXPERIMENTS = ("result1", "result2", "result3", "result4", "result5", "result6")
 
 
 def record_run(run: Path, name: str, data_dir: str) -> Path:
-    """Grade a run and write its record, log and curves. Returns the record's path. Raises UserError.
-
-    A record without test figures keeps its name, title and claim.
-    """
-    if not re.fullmatch(r"[\w-]{1,60}", name):
-        raise UserError(f"--name {name!r} must have 1 to 60 letters, digits, _ and -")
+    """Grade a run and write its record, log and curves. Returns the record's path. Raises UserError."""
     path = DOCS / "results" / f"{name}.json"
-    before = read_json(path) if path.exists() else {"name": name}
-    if not isinstance(before, dict) or "name" not in before:
-        raise UserError(f"{path} is not the record of a run. Give another --name")
-    if before.get("test"):
-        raise UserError(f"{path} has test figures, and a run is graded once: grading again means deleting the record")
+    if path.exists():
+        raise UserError(f"{path} is there, and a run is graded once: grading again means deleting the record")
     config = checkpoint.resumed_config(run, {})
     last, best = checkpoint.load(run / "last.pth"), checkpoint.load(run / "best.pth")
     if config.dataset != "cifar100" or config.images_per_class:
         raise UserError(f"{run} was not trained on all images of CIFAR-100. Give a run that was")
     if last["epoch"] < config.epochs:
-        unfinished = f"{run} has finished {last['epoch']} of {config.epochs} epochs"
-        raise UserError(f"{unfinished}. First finish it: python train.py --resume {shlex.quote(str(run))}")
+        raise UserError(
+            f"{run} has finished {last['epoch']} of {config.epochs} epochs. First: python train.py --resume {run}"
+        )
 
     grade = evaluate.grade(run / "best.pth", data_dir=data_dir)
     train_set, _ = data.load_training("cifar100", data_dir, config.validation_per_class)
@@ -56,8 +48,8 @@ def record_run(run: Path, name: str, data_dir: str) -> Path:
     train_eval = evaluate.evaluate(model, *train_set.to(device))
     row = best["metrics"]
     record = {
-        "name": before["name"],
-        "title": before.get("title", describe(config)),
+        "name": name,
+        "title": describe(config),
         "config": {setting: portable(best["config"][setting]) for setting in PLAIN},
         "seed": config.seed,
         **{key: best[key] for key in ("commit", "torch", "machine", "date")},
@@ -70,15 +62,12 @@ def record_run(run: Path, name: str, data_dir: str) -> Path:
         "validation": scores(row["validation_accuracy"], row["validation_loss"]),
         "test": scores(grade["accuracy"], grade["loss"], top5=round(grade["top5"], 6), images=grade["images"]),
         "cost": {"operations": grade["flops"], "size_kb": round(grade["size_kb"], 3)},
-        "claimed": before.get("claimed"),
+        "claimed": None,
         "log": f"docs/logs/{name}.csv",
         "curves": f"docs/curves/{name}.png",
         "note": f"The {'best epoch on validation' if config.validation_per_class else 'last epoch'}, graded once.",
     }
-    try:
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    except ValueError as error:
-        raise UserError(f"{run} has a figure that is not finite, so it is not recorded. Train it again") from error
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"  # no run saves a NaN
     checkpoint.write_log(DOCS / "logs" / f"{name}.csv", last["history"])
     draw_curves({name: last["history"]}, DOCS / "curves" / f"{name}.png")
     atomic_write(path, lambda file: file.write(text.encode()))
@@ -233,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if (arguments.run is None) != (arguments.name is None) or (arguments.run and arguments.check):
         parser.error("give RUN with its --name to record a run, or neither to write the pages")
+    if not re.fullmatch(r"[\w-]{1,60}", arguments.name or "none"):
+        parser.error(f"--name {arguments.name!r} must have 1 to 60 letters, digits, _ and -")
     if arguments.run:
         keep_freed_memory()
         path = record_run(arguments.run, arguments.name, arguments.data_dir)
