@@ -1,74 +1,129 @@
-"""Shared fixtures, and the grade in pytest's terminal summary."""
+"""Shared fixtures. The grade comes first, and again in the summary."""
 
-import logging
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the programs do, before torch is imported
-
-import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import checkpoint
 import data
+import evaluate
+import model as models
 import utils
 from config import Config
-from model import MobileNetV3
-from tests.helpers import SIGNALS, TINY
+from tests.helpers import PUBLISHED, SMALL_BLOCKS, TINY
 
 GRADE = pytest.StashKey[list[str]]()
 
 
-def pytest_configure() -> None:
-    """As the programs do, too."""
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[GRADE] = []
     utils.keep_freed_memory()
-    torch.set_flush_denormal(True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != "test_grade.py")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash[GRADE]:
+        terminalreporter.section("grade")
+        terminalreporter.write_line("\n".join(lines))
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Settings of a short synthetic run that leaves nothing outside of tmp_path."""
-    monkeypatch.setattr(checkpoint, "BEST", tmp_path / "checkpoints" / "best.pth")
-    return replace(TINY, runs_dir=str(tmp_path / "runs"))
+def tell(pytestconfig: pytest.Config, capsys: pytest.CaptureFixture):
+    """A function that prints lines at once, also without -s and with -q, and again in the summary."""
 
+    def tell(*lines: str) -> None:
+        pytestconfig.stash[GRADE] += lines
+        with capsys.disabled():
+            print("", *lines, sep="\n", flush=True)
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """Puts pytest's own signal handlers back."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def logging_again() -> Iterator[None]:
-    """The program holds back log lines for its whole process."""
-    yield
-    logging.disable(logging.NOTSET)
+    return tell
 
 
 @pytest.fixture(scope="session")
-def cifar100() -> dict[str, np.ndarray]:
-    """The official arrays; skips where they cannot be had, fails where the file is there but damaged."""
-    path = Path(Config.data_dir) / "cifar100.npz"
+def network() -> tuple[int, str, int]:
+    """What the network of model.py measures: operations, size in kB, parameters."""
+    model = models.MobileNetV3()
+    operations, size = evaluate.count_cost(model)
+    return operations, f"{size:.3f}", sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture(scope="session")
+def published(network: tuple[int, str, int]) -> Path:
+    """The published checkpoint; skips if model.py has another network now."""
+    if network != PUBLISHED:
+        pytest.skip("the shipped files belong to the published network, and model.py has another one now")
+    return checkpoint.PUBLISHED
+
+
+@pytest.fixture(scope="session")
+def cifar100() -> str:
+    """The folder of the data set; skips if it cannot be had. A damaged file is the test's to find."""
+    path = utils.ROOT / Config.data_dir / "cifar100.npz"
     try:
         if not path.exists():
             data.build(path)
     except data.DataError as error:
-        pytest.skip(f"CIFAR-100 cannot be had: {error}")
-    return {name: data.read(path, name) for name in data.SHAPES}
+        pytest.skip(f"ACCURACY NOT MEASURED: {error}")
+    return Config.data_dir
 
 
 @pytest.fixture
-def model() -> torch.nn.Module:
-    """The model with random weights and batch-norm statistics, in eval mode; its probabilities differ by much."""
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Settings of a short run of a small network that leaves nothing outside of tmp_path."""
+    monkeypatch.setattr(models, "BLOCKS", SMALL_BLOCKS)
+    monkeypatch.setattr(models, "STEM", 8)
+    monkeypatch.setattr(models, "HEAD", 32)
+    monkeypatch.setattr(checkpoint, "BEST", tmp_path / "checkpoints" / "best.pth")
+    (tmp_path / "checkpoints").mkdir()
+    return replace(TINY, runs_dir=str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def other_code() -> Iterator[None]:
+    """Other people's code in this process: TF32 is on for everything, and SIGTERM has no handler."""
+    parts = torch.backends, torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    precisions, handler = [part.fp32_precision for part in parts], signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for part in parts:
+        part.fp32_precision = "tf32"
+    yield
+    for part, precision in zip(parts, precisions, strict=True):
+        part.fp32_precision = precision
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def whole_files(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The inodes of the files that were synced and then renamed: all that is written whole."""
+    synced, renamed, fsync, rename = set(), set(), os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def replace_synced(source: Path, target: Path) -> None:
+        if (inode := os.stat(source).st_ino) in synced:
+            renamed.add(inode)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace_synced)
+    return renamed
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """The network with random weights and batch-norm statistics, in eval mode; its logits differ by much."""
     torch.manual_seed(0)
-    model = MobileNetV3()
+    model = models.MobileNetV3()
     for name, tensor in model.state_dict().items():
         if name.endswith("running_mean"):
             tensor.normal_(0, 0.2)
@@ -78,21 +133,7 @@ def model() -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.fixture(scope="session")
-def grade_lines(request: pytest.FixtureRequest) -> list[str]:
-    """Lines for the terminal summary; a test that grades writes them."""
-    return request.config.stash.setdefault(GRADE, [])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the grade last, also with -q and without -s."""
-    lines = terminalreporter.config.stash.get(GRADE, [])
-    if lines:
-        terminalreporter.section("grade")
-        terminalreporter.write_line("\n".join(lines))
-
-
 @pytest.fixture
-def images() -> torch.Tensor:
-    """One synthetic image a class, uint8 (100, 3, 32, 32)."""
-    return data.synthetic(1, seed=3)[0]
+def images() -> Tensor:
+    """One synthetic image per class, uint8 (100, 3, 32, 32)."""
+    return data.synthetic(1, seed=3).images

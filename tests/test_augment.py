@@ -1,7 +1,11 @@
-"""The operations of augmentation against plain per-image references."""
+"""Augmentation against plain references per image, and the loader: order, labels, seeds, chunks, mixing."""
 
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,36 +15,27 @@ from torch import Tensor
 
 import augment
 import data
-from config import Config, preset
-from tests.helpers import seeded
+from augment import Loader
+from data import Images
+from tests.helpers import TINY, seeded
+from utils import UserError
 
-PLAIN = Config(**preset("result6"))  # no augmentation
+AUGMENTED = replace(TINY, batch_size=32, flip=True, crop_padding=4, trivial_augment=1.0)
+BY_NUMBER = torch.arange(100)  # labels that tell the images apart
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize(("reflect", "mode"), [(False, "constant"), (True, "reflect")])
-def test_crop_and_flip_against_numpy(images: Tensor, reflect: bool, mode: str, flip: bool) -> None:
+def test_crop_and_flip_against_numpy(images: Tensor, flip: bool) -> None:
     index, generator = torch.randperm(100, generator=seeded(1)), seeded()
-    result = augment.crop_and_flip(augment.pixel_table(images), index, 4, reflect, flip, seeded())
+    result = augment.crop_and_flip(augment.pixel_table(images), index, 4, flip, seeded())
     rows, columns = (torch.randint(-4, 5, (2, 100, 1), generator=generator) + 4).flatten(1).tolist()
     mirrored = (torch.rand(100, generator=generator) < 0.5).tolist()
     for i, cropped, row, column, mirror in zip(index, result.numpy(), rows, columns, mirrored, strict=True):
-        padded = np.pad(images[i].numpy(), ((0, 0), (4, 4), (4, 4)), mode=mode)
+        padded = np.pad(images[i].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
         expected = padded[:, row : row + 32, column : column + 32]
         assert np.array_equal(cropped, expected[:, :, ::-1] if flip and mirror else expected)
     assert len(set(rows)) == len(set(columns)) == 9, "all offsets occur"
     assert 35 <= sum(mirrored) <= 65
-
-
-def test_cutout_blanks_one_square(images: Tensor) -> None:
-    inputs = data.normalise(images) + 100  # nowhere 0
-    blank = augment.cutout(inputs, 8, seeded()) == 0
-    assert (blank.sum((1, 2, 3)) > 0).all()
-    for mask in blank:
-        rows, columns = mask[0].any(1).nonzero().flatten(), mask[0].any(0).nonzero().flatten()
-        assert len(rows) <= 8 and len(columns) <= 8
-        assert mask.sum() == 3 * len(rows) * len(columns), "a full rectangle, the same in each channel"
-    assert blank.sum() > 0.5 * 3 * 64 * len(images), "squares are cut off at the border only"
 
 
 def reference_sample(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -58,12 +53,9 @@ def reference_sample(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return result
 
 
-GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-
-
-@pytest.mark.parametrize("name", GEOMETRIC)
+@pytest.mark.parametrize("name", ["shear_x", "shear_y", "translate_x", "translate_y", "rotate"])
 def test_geometric_operations_against_a_loop_over_pixels(images: Tensor, name: str) -> None:
-    for image, level in zip(images[::40].float(), (-0.7, 0.2, 1.0), strict=True):
+    for image, level in zip(images[::50].float(), (-0.7, 1.0), strict=True):
         angle = math.radians(30 * level)
         matrix = {
             "shear_x": [[1, 0.3 * level, 0], [0, 1, 0]],
@@ -89,49 +81,104 @@ COLOUR = [  # name, torchvision's of one image, tolerance
 ]
 
 
-@pytest.mark.parametrize(("name", "reference", "tolerance"), COLOUR)
-def test_colour_operations_against_torchvision(images: Tensor, name: str, reference, tolerance: float) -> None:
-    """torchvision's, image by image."""
+@pytest.mark.parametrize(("name", "reference", "tolerance"), COLOUR, ids=[name for name, *_ in COLOUR])
+def test_colour_operations_against_torchvision(images: Tensor, name: str, reference: Any, tolerance: float) -> None:
     for image, level in zip(images[::13], torch.linspace(-0.9, 0.9, 8).tolist(), strict=True):
         result = augment.OPERATIONS[name](image[None].float(), torch.full((1, 1, 1, 1), level))[0].clamp(0, 255)
         assert (result - reference(image, level).float()).abs().max() <= tolerance
 
 
-def test_each_of_our_operations_has_its_reference() -> None:
-    """In one of the two lists above; the identity is in the second. A user may have added others."""
-    names = [*GEOMETRIC, *(name for name, *_ in COLOUR)]
-    assert len(names) == 14 and set(names) <= augment.OPERATIONS.keys()
-
-
 def test_trivial_augment_changes_its_fraction_of_the_images(images: Tensor) -> None:
+    assert len(augment.trivial_augment(images[:3], 1.0, seeded())) == 3, "fewer images than operations"
     result = augment.trivial_augment(images, 0.5, seeded())
     assert torch.equal(result[50:], images[50:].float())
-    changed = (result[:50] != images[:50]).flatten(1).any(1)
-    assert changed.sum() >= 40  # all but the identity's part and images with nothing to stretch
-    same = images[:1].expand(100, -1, -1, -1)
-    assert len(augment.trivial_augment(same, 1.0, seeded()).flatten(1).unique(dim=0)) > 70  # ten continuous operations
-    assert torch.equal(
-        augment.trivial_augment(images[:5], 1.0, seeded()), augment.trivial_augment(images[:5], 1.0, seeded())
-    )
+    assert (result[:50] != images[:50]).flatten(1).any(1).sum() >= 40, "all but the identity's part"
 
 
-def test_few_images_are_not_always_given_the_same_operations(images: Tensor, monkeypatch) -> None:
-    """A batch of fewer images than operations leaves some out; over many batches none is always left out."""
-    used = set()
-
-    def note(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda images, level: (used.add(name), images)[1]
-
-    monkeypatch.setattr(augment, "OPERATIONS", {name: note(name) for name in augment.OPERATIONS})
-    for seed in range(40):
-        augment.trivial_augment(images[:4], 1.0, seeded(seed))
-    assert used == augment.OPERATIONS.keys()
+def epoch_of(loader: Loader, epoch: int) -> tuple[Tensor, Tensor]:
+    """An epoch's images and labels."""
+    loader.set_epoch(epoch)
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
-def test_trivial_augment_stays_in_range_and_goes_both_ways(images: Tensor) -> None:
-    """Thirty times each operation, in their order: brightness both lower and higher than the image's own."""
-    result = augment.trivial_augment(images[:1].expand(30 * len(augment.OPERATIONS), -1, -1, -1), 1.0, seeded())
-    assert result.min() == 0 and result.max() == 255
-    start = 30 * list(augment.OPERATIONS).index("brightness")
-    brightness = result[start : start + 30].mean((1, 2, 3)) / images[0].float().mean()
-    assert brightness.min() < 0.8 and brightness.max() > 1.1
+def test_an_epoch_has_each_image_at_most_once_with_its_label(images: Tensor) -> None:
+    """Three batches of 32 of 100 images: four are left out, others in each epoch."""
+    loader, left_out = Loader(Images(images, BY_NUMBER), replace(TINY, batch_size=32)), set()
+    for epoch in range(3):
+        batches, labels = epoch_of(loader, epoch)
+        assert torch.equal(batches, data.normalise(images[labels])), "each image keeps its label"
+        assert len(labels) == len(labels.unique()) == 96
+        left_out.add(frozenset(range(100)) - set(labels.tolist()))
+    assert len(loader) == len(left_out) == 3
+    few = Loader(Images(images[:20], BY_NUMBER[:20]), replace(TINY, batch_size=32))
+    assert (len(few), len(epoch_of(few, 0)[1])) == (1, 20), "fewer images than a batch"
+
+
+def test_an_epoch_follows_from_seed_and_number(images: Tensor) -> None:
+    """Whatever was drawn before, and whichever epochs were seen; a student has other views than its teacher had."""
+    train, config = Images(images, BY_NUMBER), replace(AUGMENTED, mixup=0.2, cutmix=1.0)
+    first = Loader(train, config)
+    epochs = [epoch_of(first, epoch) for epoch in (0, 1)]
+    torch.rand(5)
+    again = epoch_of(Loader(train, config), 1)
+    assert all(torch.equal(a, b) for a, b in zip(again, epochs[1], strict=True))
+    others = [Loader(train, replace(config, **change)) for change in ({"seed": 1}, {"teacher": "any.pth"})]
+    views = [epochs[0][0], epochs[1][0], *(epoch_of(loader, epoch)[0] for loader in others for epoch in (0, 1))]
+    assert len({view.sum().item() for view in views}) == 6
+
+
+def test_batches_on_a_cpu_are_those_of_the_recorded_runs(images: Tensor) -> None:
+    """Two batches of seed 0: order, crop and flip bit for bit; TrivialAugment as far as CPUs round alike."""
+    for fraction in (0.0, 1.0):
+        loader = Loader(Images(images, BY_NUMBER), replace(AUGMENTED, trivial_augment=fraction))
+        loader.set_epoch(1)
+        views, labels = (torch.cat(part) for part in zip(*list(loader)[:2], strict=True))
+        if fraction:
+            assert (views.flatten() @ torch.linspace(-1, 1, views.numel())).item() == pytest.approx(-5171.08, rel=1e-4)
+        else:
+            content = views.contiguous().numpy().tobytes() + labels.numpy().tobytes()
+            assert hashlib.sha256(content).hexdigest()[:16] == "3817b0c20de13c0c"
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_many_batches_augmented_at_once_are_like_those_of_one(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a GPU. Each operation marks an image's first row and leaves the rest; 64 batches and then 11."""
+    images, mark = data.synthetic(12, seed=3).images, torch.zeros(3, 1, 32)
+
+    def operation(number: int) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda images, level: torch.cat([(mark + number).expand(len(images), -1, -1, -1), images[:, :, 1:]], 2)
+
+    monkeypatch.setattr(augment, "OPERATIONS", {str(number): operation(number) for number in range(14)})
+    monkeypatch.setattr(augment, "normalise", torch.Tensor.float)
+    images[:, :, 0] = 99
+    loader = Loader(Images(images, torch.arange(1200)), replace(TINY, batch_size=16, trivial_augment=fraction))
+    loader.chunk = 64
+    batches, marks = list(loader), Counter()
+    assert len(batches) == len(loader) == 75
+    assert len(torch.cat([labels for _, labels in batches]).unique()) == 1200
+    for batch, labels in batches:
+        assert batch.shape == (16, 3, 32, 32) and batch.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch[:, :, 1:], images[labels][:, :, 1:].float()), "each image keeps its label"
+        found = Counter(batch[:, 0, 0, 0].tolist())
+        assert found[99] == pytest.approx(16 * (1 - fraction), abs=1), "the fraction that is not changed"
+        assert len(found) >= (14 if fraction == 1 else 8), "each batch has many operations"
+        marks += found
+    assert all(marks[number] == pytest.approx(1200 * fraction / 14, abs=2) for number in range(14))
+
+
+def test_mixup_gives_parts_of_two_images_and_their_labels(images: Tensor) -> None:
+    ((mixed, targets),) = Loader(Images(images, BY_NUMBER), replace(TINY, batch_size=100, mixup=1.0))
+    assert torch.allclose(targets.sum(1), torch.ones(100)) and ((targets > 0).sum(1) == 2).all()
+    plain = data.normalise(images).flatten(1)
+    assert torch.allclose(mixed.flatten(1), targets @ plain, atol=1e-4)
+
+
+def test_each_process_has_its_part_of_the_same_batches(images: Tensor) -> None:
+    train, config = Images(images, BY_NUMBER), replace(AUGMENTED, mixup=0.2, cutmix=1.0)
+    whole, parts = Loader(train, config), [Loader(train, config, rank, 4) for rank in range(4)]
+    for batch, *pieces in zip(*map(list, (whole, *parts)), strict=True):  # one epoch after the other
+        for i in range(2):
+            assert torch.equal(torch.stack([piece[i] for piece in pieces], 1).flatten(0, 1), batch[i])
+    with pytest.raises(UserError, match="3 processes cannot share batches of 32"):
+        Loader(train, config, 0, 3)

@@ -1,22 +1,25 @@
-"""Checkpoints: what is written comes back, what is damaged or hostile does not."""
+"""Checkpoints: what is written comes back, what is damaged or hostile does not, and weights from elsewhere load."""
 
 import random
 import zipfile
-from datetime import datetime
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import checkpoint
-import utils
-from tests.helpers import Bomb, digest
+import model as models
+from config import Config
+from tests.helpers import TINY, Bomb, same, write_checkpoint
+from utils import UserError
 
-CONTENT = {
-    "weights": {"a": torch.arange(600.0).view(20, 30), "b": torch.tensor(3)},
-    "history": [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": None}],
-    "empty": {},
-}
+Weights = dict[str, Any]
+CONTENT = {"weights": {"a": torch.arange(3.0), "b": torch.tensor(3)}, "history": [{"loss": 0.5}, {"loss": None}]}
 
 
 @pytest.fixture
@@ -25,108 +28,167 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "some.pth"
 
 
-def test_load_gives_what_was_saved(path: Path) -> None:
-    content = checkpoint.load(path)
-    assert content.pop("format") == checkpoint.FORMAT
-    assert digest(content) == digest(CONTENT)
-    assert list(path.parent.iterdir()) == [path], "no temporary file is left"
+def refused(path: Path, reason: str) -> None:
+    """Loading the file fails in one line that gives the reason."""
+    with pytest.raises(UserError, match=reason) as caught:
+        checkpoint.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_flipped_bit_is_refused_or_harmless(tmp_path: Path) -> None:
-    """Each bit of the tensor's entry in the archive's directory, and some of all; those of dates do no harm."""
-    path, small = tmp_path / "small.pth", {"weights": {"a": torch.arange(3.0)}, "epoch": 1}
-    checkpoint.save(path, small)
-    good, rng, refused = path.read_bytes(), random.Random(0), 0
+def test_a_flipped_bit_is_refused_or_harmless(path: Path) -> None:
+    """Each bit of a tensor's entry in the archive's directory, and some of all; those of dates do no harm."""
+    good, rng, count = path.read_bytes(), random.Random(0), 0
     entry = good.rindex(b"PK\1\2", 0, good.rindex(b"/data/0"))
-    bits = [*range(8 * entry, 8 * entry + 8 * 46), *rng.sample(range(8 * len(good)), 500)]
+    bits = [*range(8 * entry, 8 * entry + 8 * 46), *rng.sample(range(8 * len(good)), 300)]
     for bit in bits:
         content = bytearray(good)
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
         try:
             opened = checkpoint.load(path)
-        except checkpoint.CheckpointError as error:
-            refused += 1
+        except UserError as error:
+            count += 1
             assert str(path) in str(error) and "\n" not in str(error)
         else:
-            assert digest(opened) == digest({"format": checkpoint.FORMAT, **small}), bit
-    assert refused > len(bits) / 2
+            assert same(opened, {"format": checkpoint.FORMAT, **CONTENT}), bit
+    assert count > len(bits) / 2
 
 
 def test_a_truncated_file_is_refused(path: Path) -> None:
-    good, rng = path.read_bytes(), random.Random(0)
-    for size in [0, 1, len(good) - 1, *(rng.randrange(len(good)) for _ in range(20))]:
+    good = path.read_bytes()
+    for size in [0, 1, *range(7, len(good), 97), len(good) - 1]:
         path.write_bytes(good[:size])
-        with pytest.raises(checkpoint.CheckpointError, match=r"some\.pth cannot be used"):
-            checkpoint.load(path)
+        refused(path, "cannot be used")
 
 
-def test_code_in_a_checkpoint_does_not_run(path: Path) -> None:
-    torch.save({"format": 1, "weights": Bomb()}, path)
-    with pytest.raises(checkpoint.CheckpointError, match="more than plain data") as caught:
-        checkpoint.load(path)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("content", [Bomb(), {"weights": Bomb()}], ids=["bare", "nested"])
+def test_code_in_a_checkpoint_does_not_run(path: Path, content: Any, zipped: bool) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    refused(path, r"builtins\.setattr|more than plain data")
     assert not Bomb.exploded
 
 
-def test_other_files_are_refused(path: Path) -> None:
-    torch.save({"weights": {}}, path)
-    with pytest.raises(checkpoint.CheckpointError, match="not written by this version"):
-        checkpoint.load(path)
-    checkpoint.save(path, {"format": 0})
-    with pytest.raises(checkpoint.CheckpointError, match="not written by this version"):
-        checkpoint.load(path)
+def write_compressed(path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(2**20))
-    with pytest.raises(checkpoint.CheckpointError, match=r"archive/data\.pkl in it is compressed"):
-        checkpoint.load(path)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(checkpoint.CheckpointError, match="cannot be used"):
-        checkpoint.load(path)
 
 
-def test_runs_of_one_second_have_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where another process makes the folder just before."""
-
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: object = None) -> datetime:
-            return datetime(2026, 1, 2, 3, 4, 5)
-
-    monkeypatch.setattr(checkpoint, "datetime", Clock)
-    runs = tmp_path / "some" / "runs"
-    first, second = (checkpoint.new_run(str(runs), "any") for _ in range(2))
-    made, raced = Path.mkdir, []
-
-    def another_was_first(path: Path, *arguments: object, **more: object) -> None:
-        if not raced and path == second.with_name(f"{second.name}+"):
-            raced.append(path)
-            made(path)
-        made(path, *arguments, **more)
-
-    monkeypatch.setattr(Path, "mkdir", another_was_first)
-    third = checkpoint.new_run(str(runs), "any")
-    assert first.name == "20260102-030405-any"
-    assert len({first, second, third, *raced}) == 4
-    assert list(raced[0].iterdir()) == []
+def mark_as_folder(path: Path) -> None:
+    """A tensor's entry, for whose content torch would read random memory."""
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\1\2", 0, content.rindex(b"/data/0")) + 38] |= 0x10
+    path.write_bytes(content)
 
 
-def test_a_failed_write_leaves_the_old_file(path: Path) -> None:
-    """The system refuses the file's 100th byte, as it does on a full disk."""
+WRONG_FILES = {
+    "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "Git LFS"),
+    "html": (lambda path: path.write_text("\n<!DOCTYPE html><html></html>"), "web page"),
+    "class": (lambda path: torch.save(nn.Linear(1, 1), path), r"torch\.nn\.modules\.linear\.Linear"),
+    "numpy": (lambda path: torch.save({"model": {}, "accuracy": np.float64(74.3)}, path), r"needs .*numpy"),
+    "list": (lambda path: torch.save([torch.zeros(1)], path), "holds a list"),
+    "text": (lambda path: path.write_bytes(b"text"), "damaged"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder"),
+    "compressed": (write_compressed, r"archive/data\.pkl in it is compressed"),
+    "folder bit": (mark_as_folder, r"data/0 in it is marked as a folder"),
+    "missing": (lambda path: path.unlink(), "is not there"),
+}
+
+
+@pytest.mark.parametrize(("write", "reason"), WRONG_FILES.values(), ids=WRONG_FILES)
+def test_a_file_that_cannot_be_used_is_called_what_it_is(path: Path, write: Callable[[Path], Any], reason: str) -> None:
+    write(path)
+    refused(path, reason)
+
+
+def test_a_full_disk_leaves_the_old_file(path: Path) -> None:
+    """The system refuses the file's 100th byte."""
     resource = pytest.importorskip("resource")
     good, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (99, limits[1]))
-        with pytest.raises(utils.UserError, match=r"some.pth cannot be written: File too large. Stopped"):
+        with pytest.raises(UserError, match=r"some.pth cannot be written: File too large. Make room"):
             checkpoint.save(path, {"weights": {}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == good
-    assert list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == good and list(path.parent.iterdir()) == [path]
 
 
-def test_best_row_is_the_first_of_the_best() -> None:
-    history = [{"epoch": i, "validation_accuracy": value} for i, value in enumerate((1.0, 3.0, 3.0, 2.0))]
-    assert checkpoint.best_row(history)["epoch"] == 1
-    assert checkpoint.best_row([row | {"validation_accuracy": None} for row in history])["epoch"] == 3
+def prefixed(prefix: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {f"{prefix}{name}": value for name, value in weights.items()}
+
+
+def zeros(weights: Weights) -> Weights:
+    return {name: value * 0 for name, value in weights.items()}
+
+
+WRAPPINGS = {
+    "bare": lambda weights: weights,
+    "nested": lambda weights: {"epoch": 3, "state_dict": weights, "optimizer": {"state": {0: {"m": torch.zeros(9)}}}},
+    "DataParallel": prefixed("module."),
+    "torch.compile": prefixed("_orig_mod."),
+    "both": lambda weights: {"net": prefixed("module._orig_mod.")(weights), "best_acc": 70.1},
+    "timm": lambda weights: {"arch": "any", "state_dict": zeros(weights), "state_dict_ema": weights, "version": 2},
+    "last.pth": lambda weights: {"model": zeros(weights), "ema": {"model": weights, "updates": 3}},
+    "thop": lambda weights: weights | {"total_ops": torch.zeros(1), "stem.0.total_params": torch.zeros(1)},
+    "uncounted": lambda weights: {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
+def test_weights_load_however_they_are_wrapped(wrap: Callable, model: nn.Module, tmp_path: Path) -> None:
+    torch.save(wrap(model.state_dict()), tmp_path / "foreign.pth")
+    loaded, content = checkpoint.load_model(tmp_path / "foreign.pth")
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert torch.equal(loaded.stem[1].running_var, model.stem[1].running_var)
+    assert not loaded.training and content["config"]["dataset"] == "cifar100"
+
+
+def test_weights_that_do_not_fit_name_the_first_tensors_that_differ(model: nn.Module) -> None:
+    weights = model.state_dict()
+    fewer = {name: value for name, value in weights.items() if not name.startswith("head")}
+    for wrong, reason in (
+        (weights | {"stem.0.weight": torch.zeros(8, 3, 3, 3)}, r"stem\.0\.weight is \(8, 3, 3, 3\) and the model's is"),
+        (weights | {"other.weight": torch.zeros(1)}, r"other\.weight is not in the model"),
+        (fewer, r"head\.0\.weight is missing; head\.1\.weight is missing"),
+        ({"conv1.weight": torch.zeros(1)}, r"there is no stem\.0\.weight in it, but conv1\.weight"),
+    ):
+        with pytest.raises(UserError, match=rf"^any\.pth .*{reason}") as caught:
+            checkpoint.load_weights(models.MobileNetV3(), wrong, Path("any.pth"))
+        assert "\n" not in str(caught.value)
+
+
+def test_fine_tuning_keeps_a_new_classifier(model: nn.Module) -> None:
+    weights = model.state_dict() | {"classifier.weight": torch.zeros(10, 960), "classifier.bias": torch.zeros(10)}
+    other = models.MobileNetV3()
+    own = other.classifier.weight.clone()
+    checkpoint.load_weights(other, weights, Path("any.pth"), fine_tune=True)
+    assert torch.equal(other.head[0].weight, model.head[0].weight)
+    assert torch.equal(other.classifier.weight, own)
+
+
+def test_the_settings_of_a_checkpoint_choose_its_model(model: nn.Module, tmp_path: Path) -> None:
+    for wrong in ({"model": 3}, {"image_size": 10**9}, {"dataset": "imagenet"}):
+        path = write_checkpoint(tmp_path / "any.pth", model, config=asdict(TINY) | wrong)
+        with pytest.raises(UserError, match=f"any.pth cannot be used: {next(iter(wrong))}"):
+            checkpoint.load_model(path)
+    pytest.importorskip("timm")
+    other, config = models.build_model("test_vit", image_size=160), {"model": "test_vit", "image_size": 160}
+    loaded, _ = checkpoint.load_model(write_checkpoint(tmp_path / "timm.pth", other[1], config=config))
+    assert same(loaded.state_dict(), other.state_dict()) and loaded[0](torch.zeros(1, 3, 32, 32)).shape[-1] == 160
+
+
+def test_a_run_that_cannot_be_resumed_is_one_line(tmp_path: Path) -> None:
+    for content, reason in (
+        ({"format": 1}, "older version"),
+        ({"config": asdict(TINY) | {"cutout": 8}}, "cutout"),
+        ({}, "config"),
+    ):
+        checkpoint.save(tmp_path / "last.pth", content)
+        with pytest.raises(UserError, match=rf"cannot resume .*{reason}") as caught:
+            checkpoint.resumed_config(tmp_path, {})
+        assert "\n" not in str(caught.value)
+    checkpoint.save(tmp_path / "last.pth", {"config": asdict(TINY)})
+    assert checkpoint.resumed_config(tmp_path, {"threads": 2}) == Config(**asdict(TINY) | {"threads": 2})
+    with pytest.raises(UserError, match="does not fit the code"):
+        checkpoint.restore(tmp_path, {"model": nn.Linear(1, 1)})

@@ -1,221 +1,403 @@
-"""Training: the loop, what it prints and writes, and what stops it."""
+"""Training: optimizer, schedule, EMA, the step, the loop, resume, and what stops a run."""
 
 import copy
-import itertools
-import json
 import math
+import os
 import re
 import shlex
-import time
-from dataclasses import asdict, replace
+import signal
+import sys
+import threading
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import data
 import evaluate
+import model as models
 import train
-import utils
-from augment import build_loader
+from augment import Loader
 from config import Config
-from model import MobileNetV3
-from optim import build_criterion
-from tests.helpers import FILES, flags, log_rows, small_set, taken_for_official
+from tests.helpers import FILES, TINY, flags, in_call, interrupt, last, log_rows, official, same, states
+from tests.test_utils import process_settings
+
+CPU = torch.device("cpu")
+# The parts of a recipe that hold a state or draw random numbers. The schedule has not decayed when it is resumed.
+ADAMW = {
+    "epochs": 4, "lr_step": 3, "warmup_epochs": 1, "weight_decay": 0.3, "decay_norms": False, "label_smoothing": 0.1,
+    "ema": 0.9, "dropout": 0.1, "flip": True, "crop_padding": 4, "trivial_augment": 0.5, "mixup": 0.2, "cutmix": 1.0,
+}  # fmt: skip
+SGD = {"epochs": 4, "optimizer": "sgd", "lr": 0.05, "schedule": "cosine", "weight_decay": 5e-4}
+UNMIXED = ADAMW | {"mixup": 0.0, "cutmix": 0.0, "dropout": 0.0}
 
 
-def test_the_ema_is_validated_on_the_validation_images(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, config = [], replace(tiny, epochs=1, images_per_class=4)
+def parts(config: Config) -> tuple[nn.Module, Loader, torch.optim.Optimizer, train.EMA]:
+    """A run before its first step."""
+    torch.manual_seed(config.seed)
+    model = models.build_model(config.model, config.dropout)
+    images, _ = data.load_training("synthetic", "", config.validation_per_class, config.images_per_class)
+    return model, Loader(images, config), train.build_optimizer(model, config), train.EMA(model, config.ema)
 
-    def recorded(model: torch.nn.Module, *images: torch.Tensor) -> evaluate.Scores:
-        seen.append((copy.deepcopy(model.state_dict()), images))
+
+def run_of(config: Config) -> Path:
+    """The folder of the only run."""
+    (folder,) = Path(config.runs_dir).iterdir()
+    return folder
+
+
+def rates(**settings: Any) -> list[float]:
+    """The learning rate of each epoch."""
+    config = replace(TINY, **{"lr": 1.0, "schedule": "step", "lr_gamma": 0.1} | settings)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], config.lr)
+    scheduler, found = train.build_scheduler(optimizer, config), []
+    for _ in range(config.epochs):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_schedules_go_through_their_points() -> None:
+    assert rates(epochs=6, lr_step=2) == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert rates(epochs=7, lr_step=0) == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01]), "thirds"
+    warm = rates(warmup_epochs=2, epochs=8, lr_step=4)
+    assert warm == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.1, 0.1, 0.1, 0.1])
+    assert rates(warmup_epochs=2, epochs=4, lr_step=4)[:2] == pytest.approx([1 / 2, 1]), "at most a quarter of the run"
+    cosine = [(1 + math.cos(math.pi * epoch / 8)) / 2 for epoch in range(8)]
+    assert rates(schedule="cosine", epochs=8) == pytest.approx(cosine)
+    warm = rates(schedule="cosine", epochs=8, warmup_epochs=2)
+    assert warm == pytest.approx([cosine[0] / 3, cosine[1] * 2 / 3, *cosine[2:]])
+
+
+@pytest.mark.parametrize("decay_norms", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_norms_and_biases_have_weight_decay_only_if_asked(name: str, decay_norms: bool) -> None:
+    model = models.MobileNetV3()
+    config = replace(TINY, optimizer=name, lr=0.05, weight_decay=0.3, decay_norms=decay_norms)
+    optimizer = train.build_optimizer(model, config)
+    assert type(optimizer) is {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays.keys() == set(model.parameters()) and {group["lr"] for group in optimizer.param_groups} == {0.05}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            weight = isinstance(module, nn.Conv2d | nn.Linear) and key == "weight"
+            assert decays[parameter] == (0.3 if weight or decay_norms else 0.0)
+
+
+def test_the_ema_follows_its_formula() -> None:
+    """Its decay rises with its own warm-up; batch-norm statistics are averaged too."""
+    model = nn.BatchNorm1d(2)
+    ema, expected = train.EMA(model, 0.5), torch.tensor([1.0, 1.0])
+    for step in range(12):
+        model.running_var.fill_(step * step)
+        ema.update()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step * step
+        assert torch.allclose(ema.model.running_var, expected)
+    assert train.EMA(model, 0.0).model is model
+
+
+@pytest.mark.parametrize("recipe", [SGD, UNMIXED], ids=["sgd", "adamw"])
+def test_an_epoch_is_a_plain_loop(tiny: Config, recipe: dict[str, Any]) -> None:
+    """Weights, averaged weights, loss and accuracy, with gradients of autograd.grad and the loss by its formula."""
+    config = replace(tiny, **recipe)
+    model, loader, optimizer, ema = parts(config)
+    plain, average = copy.deepcopy(model), copy.deepcopy(model)
+    rule, losses, correct = train.build_optimizer(plain, config), [], 0
+    for step, (images, labels) in enumerate(loader):
+        logits = plain.train()(images)
+        target = F.one_hot(labels, 100) * (1 - config.label_smoothing) + config.label_smoothing / 100
+        loss = -(target * logits.log_softmax(1)).sum(1).mean()
+        for p, gradient in zip(plain.parameters(), torch.autograd.grad(loss, list(plain.parameters())), strict=True):
+            p.grad = torch.empty_like(p).copy_(gradient)  # in its layout, as the fused optimizers need it
+        rule.step()
+        decay = min(config.ema, (1 + step) / (10 + step)) if config.ema else 0
+        for a, b in zip(average.parameters(), plain.parameters(), strict=True):
+            a.data = decay * a.data + (1 - decay) * b.data
+        losses.append(loss.item())
+        correct += (logits.argmax(1) == labels).sum().item()
+    model.eval()  # as a validation leaves it
+    result = train.train_one_epoch(model, loader, train.build_criterion(config, CPU), optimizer, ema, False)
+    assert result == pytest.approx((sum(losses) / 12, 100 * correct / 192), rel=1e-4)
+    for ours, expected in ((model, plain), (ema.model, average)):
+        for p, q in zip(ours.parameters(), expected.parameters(), strict=True):
+            assert torch.allclose(p, q, atol=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which a GPU would have to finish first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        masks = args[1] if name in ("index", "index_put", "index_put_") else []
+        masked = any(x is not None and x.dtype == torch.bool for x in masks)
+        if masked or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "bincount"):
+            self.found[name] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_a_step_never_waits_for_the_device(tiny: Config, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But to read the epoch's sums. (mixup draws on the CPU, where reading costs nothing.)"""
+    config, waits = replace(tiny, **UNMIXED), Waits()
+    model, loader, optimizer, ema = parts(replace(config, trivial_augment=1.0, dropout=0.1))
+    loader.chunk = chunk
+    for name in ("tolist", "cpu", "numpy"):  # which are no operations, or none on a CPU
+        original, count = getattr(Tensor, name), partial(waits.found.update, [name])
+        monkeypatch.setattr(Tensor, name, lambda self, call=original, count=count: count() or call(self))
+    with waits:
+        train.train_one_epoch(model, loader, train.build_criterion(config, CPU), optimizer, ema, False)
+        assert waits.found == {"tolist": 1}
+        assert torch.ones(3)[torch.ones(3) > 0].sum().item() == 3
+    assert waits.found == {"tolist": 1, "index": 1, "_local_scalar_dense": 1}, "the counter counts"
+
+
+@pytest.mark.slow
+def test_compiled_and_eager_train_alike(tiny: Config) -> None:
+    """The names in the checkpoint are the plain model's."""
+    try:
+        folders = [train.train(replace(tiny, compile=compiled)) for compiled in (False, True)]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        pytest.skip(f"torch.compile needs a C++ compiler: {error}")
+    eager, compiled = ([float(row["train_loss"]) for row in log_rows(folder)] for folder in folders)
+    assert compiled == pytest.approx(eager, rel=0.01)
+    assert states(folders[0])["model"].keys() == states(folders[1])["model"].keys()
+
+
+def test_a_run_trains_on_its_training_images_and_validates_the_ema_on_the_others(tiny: Config, monkeypatch) -> None:
+    """The test set is not even loaded."""
+    config, seen, sources, load = replace(tiny, epochs=1, ema=0.9), {}, [], data.load
+
+    def watch(model: nn.Module, *images: Tensor) -> evaluate.Scores:
+        seen.update(validation=images, model=copy.deepcopy(model.state_dict()))
         return evaluate.evaluate(model, *images)
 
-    monkeypatch.setattr(train, "evaluate", recorded)
+    monkeypatch.setattr(train, "Loader", lambda images, *args: seen.update(train=images) or Loader(images, *args))
+    monkeypatch.setattr(train, "evaluate", watch)
+    monkeypatch.setattr(data, "load", lambda *args: sources.append(args[2]) or load(*args))
     folder = train.train(config)
-    ((weights, images),) = seen
-    expected = data.load_training("synthetic", "", config.validation_per_class, config.images_per_class)[1]
-    assert all(torch.equal(*pair) for pair in zip(images, expected, strict=True))
-    parts = checkpoint.load(folder / "last.pth")["state"]
-    assert all(torch.equal(weights[name], value) for name, value in parts["average"]["network"].items())
-    assert not torch.equal(weights["classifier.weight"], parts["network"]["classifier.weight"])
-    best = checkpoint.load(folder / "best.pth")["weights"]
-    assert all(torch.equal(weights[name], value) for name, value in best.items())
+    images, labels = load("synthetic", "", "train", 3)
+    for name, index in zip(("train", "validation"), data.split(labels, 1, 3), strict=True):
+        assert torch.equal(seen[name][0], images[index]) and torch.equal(seen[name][1], labels[index])
+    assert sources == ["train"]
+    assert same(seen["model"], last(folder)["ema"]["model"])
+    assert not torch.equal(seen["model"]["classifier.weight"], last(folder)["model"]["classifier.weight"])
+    assert same(checkpoint.load(folder / "best.pth")["weights"], seen["model"])
 
 
-def test_a_run_prints_its_epochs_and_writes_its_files(tiny: Config, capsys: pytest.CaptureFixture) -> None:
-    config = replace(tiny, epochs=3, optimizer="adamw", lr=3e-3, schedule="step", ema=0.0, small_fraction=0.0)
-    folder = train.train(config)
-    lines = capsys.readouterr().out.splitlines()
-    epochs = "\n".join(lines[lines.index("Epoch 1/3") :])
-    number = r"\d+\.\d{4}, (Train|Validation) Accuracy: \d+\.\d\d%"
-    assert re.fullmatch(
-        rf"(Epoch \d/3\nTrain Loss: {number}\nValidation Loss: {number}\n(Saved Best Model\n)?"
-        r"Learning Rate: \d\.\d{6}\n?){3}",
-        epochs,
-    )
-    assert any("500 synthetic images" in line for line in lines)
-    assert f"Run folder: {folder}" in lines
-    log = log_rows(folder)
-    assert [row["epoch"] for row in log] == ["1", "2", "3"]
-    assert [float(row["lr"]) for row in log] == [3e-3, 1.5e-3, 0.75e-3], "the rate that the epoch used"
-    assert float(log[2]["train_loss"]) < float(log[0]["train_loss"])
-    assert json.loads((folder / "config.json").read_text()) == asdict(config)
-    accuracies = [float(row["validation_accuracy"]) for row in log]
-    best = checkpoint.load(folder / "best.pth")
-    assert best["epoch"] == 1 + accuracies.index(max(accuracies)), "the first of the best: strict improvement only"
-    assert best["metrics"]["validation_accuracy"] == max(accuracies)
-    assert epochs.count("Saved Best Model") == sum(
-        a > max(accuracies[:i], default=-1) for i, a in enumerate(accuracies)
-    )
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not checkpoint.BEST.exists(), "synthetic runs never write under checkpoints/"
-    assert sorted(p.name for p in folder.iterdir()) == FILES
+def test_a_run_prints_its_epochs_and_writes_its_files_whole(tiny: Config, whole_files: set[int], capsys) -> None:
+    config = replace(tiny, epochs=3, lr=0.01, lr_step=1, lr_gamma=0.5, runs_dir=f"{tiny.runs_dir} of $me")
+    assert train.main(flags(config)) == 0
+    printed, folder = capsys.readouterr().out, run_of(config)
+    number = r"Loss: \d+\.\d{4}, (Train|Validation) Accuracy: \d+\.\d\d%"
+    epoch = rf"Epoch \d/3\nTrain {number}\nValidation {number}\n(Saved Best Model\n)?Learning Rate: 0\.\d{{6}}\n"
+    assert re.search(rf"Run folder: {re.escape(str(folder))}\n({epoch}){{3}}Best epoch: ", printed)
+    command = shlex.split(printed.splitlines()[-1].partition(": ")[2])
+    assert command == ["python", "evaluate.py", "--checkpoint", str(folder / "best.pth")]
+    assert [float(row["lr"]) for row in log_rows(folder)] == [0.01, 0.005, 0.0025], "the rate that the epoch used"
+    accuracies = [float(row["validation_accuracy"]) for row in log_rows(folder)]
+    assert checkpoint.load(folder / "best.pth")["epoch"] == 1 + accuracies.index(max(accuracies))
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert {path.stat().st_ino for path in folder.iterdir()} <= whole_files
 
 
-def test_an_epoch_of_equal_accuracy_does_not_replace_the_best(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_better_top1_accuracy_replaces_the_best(tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     accuracies = iter([50.0, 50.0, 49.0])
     monkeypatch.setattr(train, "evaluate", lambda *_: evaluate.Scores(1.0, next(accuracies), 90.0))
-    folder = train.train(replace(tiny, epochs=3, images_per_class=4))
+    folder = train.train(replace(tiny, epochs=3))
     assert checkpoint.load(folder / "best.pth")["epoch"] == 1
-    rows = checkpoint.load(folder / "last.pth")["history"]
-    assert [row["validation_loss"] for row in rows] == [1.0, 1.0, 1.0]
-    assert [row["validation_accuracy"] for row in rows] == [50.0, 50.0, 49.0], "top-1, not top-5"
+    assert [row["validation_accuracy"] for row in last(folder)["history"]] == [50.0, 50.0, 49.0]
+    assert capsys.readouterr().out.count("Saved Best Model") == 1
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."),
-    ],
-)
-def test_too_little_memory_is_one_line(tiny: Config, error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(*arguments: object) -> None:
-        raise error
-
-    monkeypatch.setattr(train, "fit", fit)
-    with pytest.raises(utils.UserError, match="too little memory for this run"):
-        train.train(tiny)
-
-
-def test_speed_and_time_of_an_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that moves on two seconds at each look; an epoch has 7 batches of 64 images."""
-    clock = itertools.count(0, 2)
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=time.monotonic))
-    (row,) = checkpoint.load(train.train(replace(tiny, epochs=1)) / "last.pth")["history"]
-    assert (row["images_per_second"], row["seconds"]) == (7 * 64 / 2, 4)
-
-
-def test_the_program_ends_with_a_summary(tiny: Config, capsys: pytest.CaptureFixture, handlers: None) -> None:
-    """It names the best epoch and the folder, and the command to grade it, quoted for the shell."""
-    config = replace(tiny, epochs=1, images_per_class=4, runs_dir=tiny.runs_dir + " of $me")
-    assert train.main(flags(**asdict(config))) == 0
-    (folder,) = Path(config.runs_dir).iterdir()
-    best, where, grade = capsys.readouterr().out.splitlines()[-3:]
-    accuracy = checkpoint.load(folder / "best.pth")["metrics"]["validation_accuracy"]
-    assert best == f"Best epoch: 1 of 1 (validation accuracy {accuracy:.2f} %)"
-    assert where.endswith(str(folder))
-    assert shlex.split(grade.partition(": ")[2]) == ["python", "evaluate.py", "--checkpoint", str(folder / "best.pth")]
-
-
-def test_the_first_epochs_train_on_small_images(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    sides, forward = [], MobileNetV3.forward
-
-    def recorded(model: torch.nn.Module, images: Tensor) -> Tensor:
-        sides.extend([images.shape[-1]] * model.training)
-        return forward(model, images)
-
-    monkeypatch.setattr(MobileNetV3, "forward", recorded)
-    train.train(replace(tiny, epochs=3, small_fraction=0.6, images_per_class=4, batch_size=25))
-    assert sides == 4 * [24] + 2 * 4 * [32]
-
-
-def test_without_validation_the_last_epoch_is_saved(tiny: Config, capsys: pytest.CaptureFixture) -> None:
-    folder = train.train(replace(tiny, validation_per_class=0, images_per_class=1))
-    printed = capsys.readouterr().out
-    assert "Validation" not in printed
-    assert "Saved" not in printed
+def test_without_validation_the_last_epoch_is_the_best(tiny: Config, capsys: pytest.CaptureFixture) -> None:
+    folder = train.train(replace(tiny, validation_per_class=0))
+    assert "Validation" not in capsys.readouterr().out
     assert {row["validation_loss"] + row["validation_accuracy"] for row in log_rows(folder)} == {""}
     assert checkpoint.load(folder / "best.pth")["epoch"] == 2
 
 
-def official(tiny: Config, folder: Path) -> Config:
-    """Settings of a run on what is taken for the official data set."""
-    return replace(
-        tiny, dataset="cifar100", data_dir=str(folder), validation_per_class=1, images_per_class=0, epochs=1
-    )  # fmt: skip
+@pytest.mark.parametrize("recipe", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_resume_is_bit_exact(tiny: Config, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Stopped in its third epoch: weights, EMA, optimizer, schedule and log are those of the uninterrupted run."""
+    config = replace(tiny, **recipe)
+    whole = train.train(config)
+    with monkeypatch.context() as patch:
+        in_call(patch, train.EMA, "update", 30, interrupt)
+        assert train.main(flags(config)) == 130
+    *command, folder = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command == ["Stopped.", "Resume", "with:", "python", "train.py", "--resume"]
+    assert len(log_rows(Path(folder))) == 2
+    assert train.main(["--resume", f"{folder}/last.pth", "--threads", "1"]) == 0
+    assert same(states(Path(folder)), states(whole)) and log_rows(Path(folder)) == log_rows(whole)
+    assert not same(states(train.train(replace(config, seed=1))), states(whole))
 
 
-def test_the_last_finished_run_writes_best_pth(tiny: Config, tmp_path: Path) -> None:
-    """Also where another run has written its best weights since this one's best epoch."""
-    arrays = small_set()
-    np.savez(tmp_path / "cifar100.npz", **arrays)
-    with taken_for_official(arrays):
-        folder = train.train(official(tiny, tmp_path))
-        assert checkpoint.BEST.read_bytes() == (folder / "best.pth").read_bytes()
-        checkpoint.BEST.write_text("another run's")
-        train.train(train.resumed_config(folder, {}), folder)
-    assert checkpoint.BEST.read_bytes() == (folder / "best.pth").read_bytes()
+STOPS = {  # where, in which call, and how many epochs are finished then
+    "validation": (train, "evaluate", 2, 1),
+    "best.pth": (os, "replace", 1, 0),
+    "log.csv": (os, "replace", 2, 0),
+    "last.pth": (os, "replace", 3, 0),
+    "curves.png": (train, "draw_curves", 1, 2),
+}
 
 
-def test_an_epoch_is_kept_where_the_best_weights_cannot_be_copied(tiny: Config, tmp_path: Path) -> None:
-    """A file where checkpoints/ should be."""
-    arrays = small_set()
-    np.savez(tmp_path / "cifar100.npz", **arrays)
-    checkpoint.BEST.parent.write_text("")
-    with taken_for_official(arrays), pytest.raises(OSError, match="checkpoints"):
-        train.train(official(tiny, tmp_path))
-    (folder,) = Path(tiny.runs_dir).iterdir()
-    assert checkpoint.load(folder / "last.pth")["epoch"] == len(log_rows(folder)) == 1
+@pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS)
+def test_resume_is_exact_wherever_a_run_was_stopped(tiny: Config, stop: Any, monkeypatch: Any, capsys: Any) -> None:
+    with monkeypatch.context() as patch:
+        in_call(patch, *stop[:3], interrupt)
+        assert train.main(flags(tiny)) == 130
+    folder, finished = run_of(tiny), stop[3]
+    assert not list(folder.glob(".*")), "no temporary file is left"
+    assert train.main(["--resume", str(folder)]) == (0 if finished else 1)
+    if finished:
+        whole = train.train(tiny)
+        assert same(states(folder), states(whole)) and log_rows(folder) == log_rows(whole)
+        assert sorted(path.name for path in folder.iterdir()) == FILES
+    else:
+        assert "no epoch was finished" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("when", ["at once", "in the first step"])
-def test_a_failing_torch_compile_is_one_line(
-    tiny: Config, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, handlers: None
-) -> None:
-    """As where there is no C++ compiler."""
-
-    def fail(*arguments: object, **more: object) -> None:
-        raise torch._dynamo.exc.TorchDynamoException("no compiler\n\n  was found")
-
-    monkeypatch.setattr(torch, "compile", fail if when == "at once" else lambda *_, **more: fail)
-    assert train.main(flags(**asdict(replace(tiny, epochs=1, images_per_class=4, compile=True)))) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == "train.py: error: torch.compile failed: no compiler was found. Train without --compile"
-
-
-def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny: Config) -> None:
-    folder = train.train(replace(tiny, epochs=1, images_per_class=4))
+def test_a_run_starts_from_weights_and_a_finished_one_stays_as_it_is(tiny: Config, tmp_path: Path) -> None:
+    """It is resumed without them."""
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes((train.train(replace(tiny, epochs=1)) / "best.pth").read_bytes())
+    start = checkpoint.load(weights)["weights"]["head.0.weight"]
+    folder = train.train(replace(tiny, lr=1e-9, epochs=1, weights=str(weights), ema=0.9))
+    for found in (states(folder)["model"], states(folder)["ema"]["model"]):
+        assert torch.allclose(found["head.0.weight"], start, atol=1e-6)
+    weights.unlink()
     good = (folder / "last.pth").read_bytes()
-    config = replace(tiny, optimizer="sgd", lr=1e3)
-    state = train.TrainState(config, torch.device("cpu"))
-    state.history = checkpoint.load(folder / "last.pth")["history"]
-    loader, validation = build_loader(config, torch.device("cpu"))
-    with pytest.raises(utils.UserError, match=r"not finite in epoch 2 at learning rate 1000"):
-        train.fit(state, loader, build_criterion(config), validation, folder)
+    assert train.main(["--resume", str(folder)]) == 0
     assert (folder / "last.pth").read_bytes() == good
 
 
-@pytest.mark.parametrize("broken", ["loss", "weight", "statistic"])
-def test_a_loss_or_weight_that_is_not_finite_stops_training(tiny: Config, broken: str) -> None:
-    state = train.TrainState(tiny, torch.device("cpu"))
-    train.check_finite(state, 1.0, 1)
-    if broken != "loss":
-        name = {"weight": "classifier.bias", "statistic": "stem.1.running_var"}[broken]
-        state.eval_model.state_dict()[name][3] = math.inf
-    with pytest.raises(utils.UserError, match="not finite in epoch 1"):
-        train.check_finite(state, math.nan if broken == "loss" else 1.0, 1)
+NOT_FINITE = {  # where, in which call of an epoch, and what happens then
+    "training": (train.Meter, "compute", 1, 1, lambda meter: (math.nan, 99.0)),
+    "validation": (train, "evaluate", 1, 1, lambda *_: evaluate.Scores(math.nan, 99.0, 99.0)),
+    "statistics": (train.EMA, "update", 12, 12, lambda ema: ema.averaged[4].fill_(math.inf)),
+}
 
 
-def test_a_device_that_is_not_there_is_one_line(tiny: Config, capsys: pytest.CaptureFixture, handlers: None) -> None:
-    assert train.main(flags(**asdict(replace(tiny, device="cuda:99")))) == 1
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("fault", NOT_FINITE.values(), ids=NOT_FINITE)
+def test_a_run_that_is_not_finite_stops_and_keeps_earlier_epochs(
+    tiny: Config, fault: Any, epoch: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    owner, name, calls, call, action = fault
+    in_call(monkeypatch, owner, name, calls * (epoch - 1) + call, action)
+    assert train.main(flags(replace(tiny, epochs=3, ema=0.9))) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"train\.py: error: cuda:99 cannot be used: .+\. Try --device cpu, or .+", line)
+    assert f"not finite in epoch {epoch} at learning rate" in line and "lower lr" in line
+    if epoch == 1:
+        assert list(run_of(tiny).iterdir()) == []
+    else:
+        assert checkpoint.load(run_of(tiny) / "best.pth")["epoch"] == last(run_of(tiny))["epoch"] == 1
+
+
+@pytest.fixture
+def real(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A run on what is taken for CIFAR-100, and an earlier run's checkpoints/best.pth."""
+    official(monkeypatch, tmp_path / "data")
+    checkpoint.BEST.write_text("an earlier run's")
+    return replace(tiny, dataset="cifar100", data_dir=str(tmp_path / "data"), images_per_class=0)
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
+def test_the_best_of_a_run_replaces_checkpoints_best(real: Config, number: int, monkeypatch, whole_files) -> None:
+    """At its end, or when a signal stops it, and not before."""
+    seen, validate = [], evaluate.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: seen.append(checkpoint.BEST.read_text()) or validate(*a))
+    if number:
+        in_call(monkeypatch, train.EMA, "update", 20, lambda ema: signal.raise_signal(number))
+    assert train.main(flags(real)) == (130 if number else 0)
+    assert set(seen) == {"an earlier run's"} and last(run_of(real))["epoch"] == len(seen)
+    assert checkpoint.BEST.read_bytes() == (run_of(real) / "best.pth").read_bytes()
+    assert checkpoint.BEST.stat().st_ino in whole_files
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dataset": "synthetic", "validation_per_class": 195},
+        {"images_per_class": 2},
+        {"image_size": 64},
+        {"image_size": 64, "model": "test_convnext"},
+    ],
+    ids=["synthetic", "partial", "other size", "other network"],
+)
+def test_other_runs_never_replace_checkpoints_best(real: Config, settings: dict[str, Any]) -> None:
+    if "model" in settings:
+        pytest.importorskip("timm")
+    train.train(replace(real, epochs=1, **settings))
+    assert checkpoint.BEST.read_text() == "an earlier run's"
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "file"])
+def test_a_run_does_not_need_to_write_checkpoints(real: Config, kind: str, capsys: pytest.CaptureFixture) -> None:
+    checkpoint.BEST.unlink()
+    checkpoint.BEST.parent.rmdir()
+    if kind == "file":
+        checkpoint.BEST.parent.touch()
+    else:
+        checkpoint.BEST.parent.symlink_to("nowhere")
+    assert train.main(flags(real)) == 0
+    assert last(run_of(real))["epoch"] == 2
+    assert f"The best of this run is in {run_of(real)}" in capsys.readouterr().out
+
+
+def test_a_run_from_other_peoples_code_leaves_nothing_behind(tiny: Config, other_code: None) -> None:
+    """Also in a thread, which may set no signal handler."""
+    settings, codes = process_settings(), []
+    words = flags(replace(tiny, epochs=1, deterministic=True, threads=torch.get_num_threads() + 1))
+    thread = threading.Thread(target=lambda: codes.append(train.main(words)))
+    thread.start()
+    thread.join()
+    assert [*codes, train.main(words)] == [0, 0]
+    assert process_settings() == settings
+
+
+def test_a_path_that_is_not_utf8_works(tiny: Config, tmp_path: Path) -> None:
+    config = replace(tiny, epochs=1, runs_dir=str(tmp_path / os.fsdecode(b"caf\xe9")))
+    try:
+        Path(config.runs_dir).mkdir()
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    assert train.main(flags(config)) == 0
+    assert evaluate.main(["--checkpoint", str(run_of(config) / "best.pth"), "--device", "cpu"]) == 0
+    assert train.main(["--resume", str(run_of(config))]) == 0
+
+
+def test_bad_input_is_one_line_before_any_run(tiny: Config, tmp_path: Path, monkeypatch, capsys) -> None:
+    torch.save({"a": torch.zeros(3)}, tmp_path / "short.pth")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for settings, reason in (
+        ({"weights": str(tmp_path / "none.pth")}, "none.pth is not there"),
+        ({"weights": str(tmp_path / "short.pth")}, "holds no weights of this model: there is no stem.0.weight"),
+        ({"device": "cuda:99"}, "Try --device cpu"),
+        ({"validation_per_class": 200, "images_per_class": 0}, "Lower it"),
+        ({"model": "any_network"}, "pip install -r requirements-tools.txt"),
+    ):
+        assert train.main(flags(replace(tiny, **settings))) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("train.py: error: ") and reason in line
     assert not Path(tiny.runs_dir).exists()
+
+
+def test_tensorboard_gets_the_log(tiny: Config) -> None:
+    pytest.importorskip("tensorboard")
+    folder = train.train(replace(tiny, tensorboard=True))
+    assert b"validation_accuracy" in next(folder.glob("events*")).read_bytes()
