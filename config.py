@@ -154,6 +154,12 @@ def absolute(text: str) -> str:
     return text if text in ("none", "") else str(Path(text).absolute())
 
 
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """The flag --data_dir of a program that reads the data set: an absolute path."""
+    default = str(Path(__file__).parent / Config.data_dir)
+    parser.add_argument("--data_dir", type=absolute, default=default, help="folder of the data set [%(default)s]")
+
+
 def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Path | None, dict[str, Any]]:
     """The command line of train.py: a new run's settings, or the folder of a run to resume; and what flags gave."""
     parser = OneLineParser(

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from config import Config, OneLineParser, absolute
+from config import Config, OneLineParser, add_data_dir
 from data import SIDE, load_test, normalise
-from utils import ROOT, choose_device, float32_precision, keep_freed_memory, program, shown
+from utils import choose_device, float32_precision, keep_freed_memory, program, shown
 
 
 class Scores(NamedTuple):
@@ -112,9 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     parser.add_argument("--device", default=Config.device, help="auto, cpu, cuda, cuda:N or mps [%(default)s]")
-    parser.add_argument(
-        "--data_dir", type=absolute, default=ROOT / Config.data_dir, help="folder of the data set [%(default)s]"
-    )
+    add_data_dir(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     arguments = parser.parse_args(argv)
     keep_freed_memory()

@@ -1,72 +1,114 @@
-"""The benchmark's parts, as far as they take seconds: what is timed, and where the start's measurement ends."""
+"""The benchmark: what it counts, what is timed, and the names in its JSON."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from tests.helpers import TINY
+import augment
+from config import PLAIN, Config
+from data import SIDE, synthetic
 from tools import benchmark
 from utils import UserError
 
+# Every setting is given, so that an edit of a default does not matter.
+SETTINGS = Config(
+    **PLAIN | {"batch_size": 16, "ema": 0.999, "flip": True, "crop_padding": 4, "trivial_augment": 1.0},
+    dataset="synthetic",
+    images_per_class=0,
+)
 
-class Batches(list):
-    """A loader of one epoch."""
 
-    batch_size = 4
+def test_operations_of_a_step_stay_below_their_bars() -> None:
+    """Each is about one kernel on a GPU, where 64 batches are augmented at once."""
+    counted = benchmark.count_operations(replace(SETTINGS, label_smoothing=0.1))
+    assert 0 < counted["input"] <= 8
+    assert 250 < counted["forward"] + counted["backward"] <= 290
+    assert counted["optimizer"] > 0 and counted["ema"] > 0 and counted["optimizer"] + counted["ema"] <= 12
+    assert counted["meter"] <= 6
+
+
+def test_views_and_allocations_are_not_counted() -> None:
+    images = torch.ones(2, 4)
+    with benchmark.Count() as counter:
+        images.view(8).unsqueeze(0).t().as_strided_((2, 2), (1, 2))
+        torch.empty(3)
+        torch.empty_like(images)
+    assert counter.count == 0
+    with benchmark.Count() as counter:
+        (images * 2).add_(1)
+        torch._foreach_add_([images, images], 1)
+    assert counter.count == 3
 
 
 def test_timed_counts_neither_warmup_nor_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that each batch moves on by a second."""
     clock = [0.0]
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
-    loader = benchmark.Timed(Batches([(torch.zeros(4), torch.zeros(4))] * 3), warmup=5, seconds=10)
-    assert (len(loader), loader.batch_size) == (3, 4)
+
+    class Batches(list):
+        batch_size = 4
+
+    batches = Batches([(torch.zeros(4), torch.zeros(4))] * 3)
+    loader = benchmark.Timed(batches, torch.device("cpu"), warmup=5, seconds=10)
     taken = 0
     for _ in loader:
         taken += 1
         clock[0] += 1
-    assert taken == 5 + 10 and loader.speed == 4
+    assert (len(loader), loader.batch_size) == (3, 4) and taken == 5 + 10 and loader.speed == 4
 
 
-def test_the_programs_own_loop_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "LIKE", TINY)
-    monkeypatch.setattr(benchmark.Timed.__init__, "__defaults__", (1, 0.1))  # warm-up batches, seconds
-    assert benchmark.our_loop() > 0
+def test_the_programs_own_loop_is_timed() -> None:
+    """It moves the averaged weights; TrivialAugment, which the plain loop lacks, is not in the comparison."""
+    config = replace(SETTINGS, images_per_class=60)
+    loader, averaged = benchmark.train_ours(config, torch.device("cpu"), warmup=2, seconds=0.1)
+    assert loader.speed > 0 and isinstance(loader.loader, augment.Loader)
+    assert averaged(torch.zeros(1, 3, SIDE, SIDE)).shape == (1, 100)
+    assert benchmark.LIKE.trivial_augment == 0 and benchmark.LIKE.flip
 
 
-def test_the_images_of_a_growth_are_those_that_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two epochs of 100 images in batches of 64."""
-    monkeypatch.setattr(benchmark, "LIKE", TINY)
-    grown = benchmark.growth(1, 2)
-    assert grown["images"] == 2 * 64 and grown["epochs"] == 2 and grown["seconds"] > 0 and grown["rss_mb"] > 0
+@pytest.mark.slow
+def test_the_plain_loop_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With DataLoader's worker processes, on a few images."""
+    few = synthetic(6, seed=0)
+    monkeypatch.setattr(benchmark.data, "load_training", lambda *_: (few, few))
+    monkeypatch.setattr(benchmark.Timed.__init__, "__defaults__", (1, 0.1))  # warm-up steps, seconds
+    speeds = benchmark.time_plain(SETTINGS, torch.device("cpu"))
+    assert speeds["plain"] > 0 and speeds["plain_input"] > 0
 
 
-def test_start_is_measured_up_to_the_first_step(tmp_path: Path) -> None:
-    flags = [
-        "--dataset",
-        "synthetic",
-        "--images_per_class",
-        "60",
-        "--validation_per_class",
-        "50",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-    ]
-    printed = benchmark.succeed("-c", benchmark.START, "--runs_dir", str(tmp_path), *flags)
-    assert "Epoch 1/" in printed and "Train Loss" not in printed
-    (folder,) = tmp_path.iterdir()
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
+@pytest.mark.slow
+def test_start_waits_for_the_first_step(cifar100: str) -> None:
+    benchmark.start(torch.device("cpu"), cifar100)
+    with pytest.raises(UserError, match=r"train\.py --device cpu --data_dir /nowhere failed"):
+        benchmark.start(torch.device("cpu"), "/nowhere")
 
 
-def test_a_command_that_fails_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"^-c 1 / 0 failed\. ZeroDivisionError: division by zero$"):
-        benchmark.succeed("-c", "\n1 / 0")
-    with pytest.raises(UserError, match=r"failed\. the reason$"):  # torchrun ends with a ruler
-        benchmark.succeed("-c", "print(1); raise SystemExit('the reason\\n=====')")
+def test_json_is_one_object_on_the_last_line(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """In this process, with made-up speeds, on generated images; without onnxruntime its latency is left out."""
+    torch.save(model.state_dict(), path := tmp_path / "any.pth")
+    few = synthetic(2, seed=0)
+    monkeypatch.setattr(benchmark.data, "load_test", lambda *_: few)
+    monkeypatch.setattr(benchmark, "train_ours", lambda *_, **__: (None, model))
+    monkeypatch.setattr(benchmark, "count_operations", lambda config: {"input": 3.5})
+    monkeypatch.setattr(benchmark, "default_checkpoint", lambda: path)
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    monkeypatch.setattr(benchmark, "start", lambda *_: None)
+    monkeypatch.setattr(benchmark, "in_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(benchmark, "time_plain", lambda *_: {"plain": 100.0, "plain_input": 200.0})
+    monkeypatch.setattr(benchmark, "time_ours", lambda *_: {"ours": 250.0, "our_input": 3000.0})
+    assert benchmark.main(["--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["train_cpu_ratio"], found["pipeline_ratio"]) == (2.5, 15)
+    assert all(found[name] > 0 for name in ("grade_seconds", "start_seconds", "peak_rss_mb", "latency_ms"))
+    assert found["input_operations"] == 3.5 and found["plain_images_per_second_128"] == 100
+    assert "onnx_latency_ms" not in found and found["torch"] == torch.__version__
 
 
-def test_a_command_has_the_environment_that_is_given() -> None:
-    assert benchmark.succeed("-c", "import os; print(os.environ['OMP_NUM_THREADS'])", OMP_NUM_THREADS="7") == "7\n"
+def test_a_part_runs_in_a_process_of_its_own() -> None:
+    assert benchmark.in_process(benchmark.os.getpid) != benchmark.os.getpid()

@@ -1,150 +1,194 @@
 """Exported files give the checkpoint's probabilities, need no other file, and carry the labels."""
 
-import importlib.util
 import json
+import logging
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import checkpoint
 import data
-from data import synthetic
-from tests.helpers import images, tempered, write_checkpoint
-from tools import export, quantize
-from tools.labels import NAMES, SUPERCLASSES, class_names
+from data import normalise, synthetic
+from evaluate import predict_logits
+from model import MobileNetV3
+from tools import export
+from tools.labels import class_names
 from tools.predict import probabilities
 from utils import UserError
 
-pytestmark = pytest.mark.usefixtures("logging_again")
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """Random weights, with batch-norm statistics of real activations: otherwise all images look the same to it."""
+    torch.manual_seed(0)
+    model = MobileNetV3().train()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        model(normalise(synthetic(1, seed=3).images))
+        model.classifier.weight.mul_(20)
+    return model.eval()
 
 
-def test_labels_are_in_the_official_order() -> None:
-    assert len(SUPERCLASSES) == 20 and all(len(names) == 5 for names in SUPERCLASSES.values())
-    assert len(set(NAMES)) == 100
-    assert [NAMES[label] for label in (0, 1, 47, 58, 99)] == [
-        "apple",
-        "aquarium_fish",
-        "maple_tree",
-        "pickup_truck",
-        "worm",
-    ]
-    assert class_names("synthetic")[37] == "pattern 3 over 7"
+@pytest.fixture(scope="module")
+def source(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {"model": "mobilenetv3", "image_size": 32, "dataset": "synthetic", "experiment": "default"}
+    path = tmp_path_factory.mktemp("source") / "any.pth"
+    checkpoint.save(path, {"config": config, "date": "2026-01-01", "weights": model.state_dict()})
+    return path
 
 
-def test_pt2_gives_the_checkpoints_probabilities(model: nn.Module, tmp_path: Path, capsys) -> None:
-    source, path = write_checkpoint(tmp_path / "any.pth", model), tmp_path / "any.pt2"
+@pytest.fixture
+def onnx_packages() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+
+
+def test_fused_batch_norms_give_the_same_logits(model: nn.Module, images: Tensor) -> None:
+    fused = export.fuse_batchnorm(model)
+    left = {type(layer) for layer in fused.modules()} & {nn.BatchNorm2d}
+    assert not left and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+    torch.testing.assert_close(predict_logits(fused, images), predict_logits(model, images), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_pt2_gives_the_checkpoints_probabilities(
+    source: Path, model: nn.Module, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "new" / "any.pt2"
     assert export.main([str(path), "--checkpoint", str(source)]) == 0
     output = capsys.readouterr()
-    assert output.err == ""
     first, second = output.out.splitlines()
-    assert str(source) in first and "2026-01-01" in first and str(path) in first
-    assert "1000 synthetic test images: same top-1 class on 1000" in second
-    extra = dict.fromkeys(("labels", "checkpoint", "experiment", "date", "dataset", "temperature"), "")
-    program = torch.export.load(path, extra_files=extra)
-    assert json.loads(extra["labels"])[42] == "pattern 4 over 2"
-    assert (extra["checkpoint"], extra["experiment"]) == (str(source), "default")
-    assert extra["temperature"] == "" and not [node for node in program.graph.nodes if "div" in str(node.target)]
-    given, expected = images()
-    torch.testing.assert_close(program.module()(given), probabilities(model, expected), atol=1e-5, rtol=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"any.pth", "any.pt2"}
+    assert output.err == "" and "2026-01-01" in first and str(path) in first and second.startswith("Checked:")
+    program = torch.export.load(path, extra_files=(extra := {"labels": "", "experiment": ""}))
+    assert json.loads(extra["labels"])[42] == "pattern 4 over 2" and extra["experiment"] == "default"
+    assert "batch_norm" not in str(program.graph)
+    given = program.module()(export.nhwc(images[:7]))
+    torch.testing.assert_close(given, probabilities(model, images[:7]), atol=1e-5, rtol=0)
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_onnx_gives_the_checkpoints_probabilities(model: nn.Module, tmp_path: Path, capsys) -> None:
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    source, path = write_checkpoint(tmp_path / "any.pth", model, test={"accuracy": 71.25}), tmp_path / "any.onnx"
+@pytest.mark.slow
+def test_onnx_gives_the_checkpoints_probabilities(
+    source: Path, model: nn.Module, images: Tensor, tmp_path: Path, onnx_packages: None, capsys: pytest.CaptureFixture
+) -> None:
+    """The process keeps its own warnings and logging."""
+    import onnx
+    import onnxruntime
+
+    path, before = tmp_path / "any.onnx", (logging.root.manager.disable, list(warnings.filters))
     assert export.main([str(path), "--checkpoint", str(source)]) == 0
-    output = capsys.readouterr()
-    assert output.err == ""
-    assert "1000 synthetic test images: same top-1 class on 1000" in output.out.splitlines()[-1]
+    assert (logging.root.manager.disable, list(warnings.filters)) == before
+    assert capsys.readouterr().err == ""
     graph = onnx.load(path)
     onnx.checker.check_model(graph, full_check=True)
+    assert "BatchNormalization" not in {node.op_type for node in graph.graph.node}
     properties = {row.key: row.value for row in graph.metadata_props}
     assert json.loads(properties["labels"]) == list(class_names("synthetic"))
-    assert (properties["checkpoint"], properties["date"]) == (str(source), "2026-01-01")
-    assert (properties["dataset"], properties["test_accuracy"]) == ("synthetic", "71.25")
+    assert (properties["date"], properties["dataset"]) == ("2026-01-01", "synthetic")
     assert str(Path(export.__file__).parent).encode() not in path.read_bytes()  # no folder of this machine
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [32, 32, 3])
     assert isinstance(given.shape[0], str)  # any number of images
-    given, expected = images()
-    (result,) = session.run(["probabilities"], {"images": given.numpy()})
-    torch.testing.assert_close(torch.from_numpy(result), probabilities(model, expected), atol=1e-5, rtol=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"any.pth", "any.onnx"}  # no external data
+    (result,) = session.run(["probabilities"], {"images": export.nhwc(images[:7]).numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), probabilities(model, images[:7]), atol=1e-5, rtol=0)
+    assert list(tmp_path.iterdir()) == [path]  # no external data
 
 
-def test_a_stored_temperature_is_in_pt2(model: nn.Module, tmp_path: Path) -> None:
-    source, path = write_checkpoint(tmp_path / "any.pth", model, temperature=2.5), tmp_path / "any.pt2"
-    assert export.main([str(path), "--checkpoint", str(source)]) == 0
-    program = torch.export.load(path, extra_files=(extra := {"temperature": ""}))
-    given, planes = images()
-    torch.testing.assert_close(program.module()(given), tempered(planes, model, 2.5), atol=1e-5, rtol=0)
-    assert extra["temperature"] == "2.5"
-    assert not tempered(planes, model, 2.5).allclose(tempered(planes, model, 1.0), atol=1e-2)
+@pytest.mark.slow
+def test_int8_of_the_published_checkpoint(
+    published: Path, cifar100: str, images: Tensor, tmp_path: Path, onnx_packages: None, capsys: pytest.CaptureFixture
+) -> None:
+    import onnx
+
+    path = tmp_path / "int8.onnx"
+    assert export.main([str(path), "--int8", "--checkpoint", str(published), "--data_dir", cifar100]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    accuracy, exact, same = (float(word) for word in last.split() if word.replace(".", "").isdigit() and "." in word)
+    assert accuracy > 73.5 and exact == pytest.approx(74.31, abs=0.02) and same > 95
+    assert path.stat().st_size < 1.3e6
+    file = onnx.load(path)
+    onnx.checker.check_model(file, full_check=True)
+    weights = [onnx.numpy_helper.to_array(row) for row in file.graph.initializer if row.data_type == 3]  # int8
+    assert 32 < max(abs(int(array.min())) for array in weights if array.size > 1_000) <= 64  # reduce_range: 7 bits
+    run = export.read_onnx(path.read_bytes())
+    inputs = export.nhwc(images[:5])
+    torch.testing.assert_close(torch.cat([run(x[None]) for x in inputs]), run(inputs), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["any.pt2", "any.onnx"])
-def test_a_wrong_stored_temperature_exports_nothing(name: str, model: nn.Module, tmp_path: Path, capsys) -> None:
-    pytest.importorskip("onnxscript")
-    source = write_checkpoint(tmp_path / "any.pth", model, temperature=float("nan"))
-    assert export.main([str(tmp_path / name), "--checkpoint", str(source)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "holds a temperature that is no number" in line and not (tmp_path / name).exists()
-
-
-def test_a_file_with_other_probabilities_is_not_written(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
-    source, path = write_checkpoint(tmp_path / "any.pth", model), tmp_path / "any.pt2"
-    path.write_bytes(b"an older file")
-    monkeypatch.setattr(export, "probabilities", lambda model, images: torch.rand(len(images), 100).softmax(1))
-    assert export.main([str(path), "--checkpoint", str(source)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "not give the checkpoint's probabilities" in line and "not written" in line
-    assert path.read_bytes() == b"an older file"
+@pytest.mark.slow
+def test_int8_ranges_come_from_training_images(
+    source: Path, tmp_path: Path, onnx_packages: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test, seen = data.load_test("synthetic", ""), []
+    monkeypatch.setattr(export, "to_int8", lambda content, images: [seen.append(images), content][1])
+    export.export(tmp_path / "any.onnx", source, int8=True)
+    test_images = {bytes(image) for image in export.nhwc(test.images).flatten(1).numpy()}
+    assert len(seen[0]) == export.CALIBRATION
+    assert not test_images & {bytes(image) for image in seen[0].flatten(1).numpy()}
 
 
 def test_check_finds_small_differences(model: nn.Module) -> None:
-    inputs = synthetic(2, seed=5)[0]
+    """Also of one batch size alone, and NaN."""
+    inputs = synthetic(2, seed=5).images
     expected = probabilities(model, inputs)
-    parts = iter(expected.split((1, 2, 97, len(inputs) - 100)))
-    assert "same top-1 class on 200" in export.check(lambda images: next(parts), model, inputs, "images")
     changed = expected.clone()
     changed[150, 7] += 2e-4
-    for wrong in (changed, expected * torch.nan):
-        parts = iter(wrong.split((1, 2, 97, len(inputs) - 100)))
-        with pytest.raises(UserError, match="200 images"):
-            export.check(lambda images, parts=parts: next(parts), model, inputs, "images")
+    for given in (expected, changed, expected * torch.nan):
+        parts = iter(given.split(export.BATCHES))
+        if given is expected:
+            assert "within 0.0e+00" in export.check(lambda batch, parts=parts: next(parts), expected, inputs)
+            continue
+        with pytest.raises(UserError, match="not written"):
+            export.check(lambda batch, parts=parts: next(parts), expected, inputs)
 
 
-def test_without_the_data_set_synthetic_images_are_checked(monkeypatch) -> None:
-    def missing(path: Path) -> None:
-        raise data.DataError("no network")
+def test_an_int8_file_is_graded_and_a_bad_one_refused() -> None:
+    test = synthetic(2, seed=5)
+    label_of = dict(zip(map(bytes, export.nhwc(test.images).flatten(1).numpy()), test.labels.tolist(), strict=True))
 
-    monkeypatch.setattr(data, "build", missing)
-    checked, what = export.check_images("cifar100", "nowhere")
-    assert checked.shape == (1000, 3, 32, 32) and "CIFAR-100 cannot be had" in what
+    def run(batch: Tensor, wrong: int = 0) -> Tensor:
+        labels = torch.tensor([label_of[bytes(image)] for image in batch.flatten(1).numpy()])
+        return nn.functional.one_hot(torch.where(labels < wrong, 99, labels), 100).float()
+
+    expected = "Accuracy = 70.00 %, in float32 90.00 %; same class on 80.00 % of 200 images"
+    assert export.compare(lambda x: run(x, 30), lambda x: run(x, 10), test) == expected
+    with pytest.raises(UserError, match=r"not written.* 59\.0 %"):
+        export.compare(lambda x: run(x, 41), run, test)
 
 
-def test_export_errors_are_one_line(model: nn.Module, tmp_path: Path, monkeypatch, capsys) -> None:
-    source = write_checkpoint(tmp_path / "any.pth", model)
+def test_a_wrong_file_is_not_written(source: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    """An older file of that name stays. Warnings and logging are as before after an error too."""
+    path, before = tmp_path / "any.pt2", (logging.root.manager.disable, list(warnings.filters))
+    path.write_bytes(b"an older file")
+    monkeypatch.setattr(export, "fuse_batchnorm", lambda model: nn.Sequential(nn.Flatten(), nn.Linear(3072, 100)))
+    assert export.main([str(path), "--checkpoint", str(source)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was not written" in line and path.read_bytes() == b"an older file"
+    assert (logging.root.manager.disable, list(warnings.filters)) == before
 
-    def error(*argv: object) -> str:
-        assert export.main([str(value) for value in argv]) == 1
+
+def test_errors_are_one_line(source: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    def error(code: int, *argv: object) -> str:
+        try:
+            assert export.main([str(value) for value in argv]) == code
+        except SystemExit as stopped:
+            assert stopped.code == code
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "none.pth" in error(tmp_path / "any.pt2", "--checkpoint", tmp_path / "none.pth")
-    found = importlib.util.find_spec
-    monkeypatch.setattr(quantize, "find_spec", lambda name: None if name == "onnxscript" else found(name) or "there")
-    line = error(tmp_path / "any.onnx", "--int8", "--checkpoint", source)
-    assert "onnxscript" in line and "pip install -r requirements-tools.txt" in line
-    with pytest.raises(SystemExit) as stopped:
-        export.main([str(tmp_path / "any.txt")])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and ".onnx or .pt2" in line
-    with pytest.raises(SystemExit) as stopped:
-        export.main([str(tmp_path / "any.pt2"), "--int8"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and "--int8" in line and ".onnx" in line
-    assert {path.name for path in tmp_path.iterdir()} == {"any.pth"}
+    assert "none.pth" in error(1, tmp_path / "any.pt2", "--checkpoint", tmp_path / "none.pth")
+    assert ".onnx or .pt2" in error(2, tmp_path / "any.txt")
+    assert ".onnx" in error(2, tmp_path / "any.pt2", "--int8")
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, name, None)
+            line = error(1, tmp_path / "any.onnx", "--checkpoint", source)
+        assert name in line and line.endswith("pip install -r requirements-tools.txt")
+    assert list(tmp_path.iterdir()) == []

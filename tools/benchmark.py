@@ -1,12 +1,11 @@
-"""Time training, input, grading and start against what a user would otherwise run: python -m tools.benchmark.
+"""Count the operations of a training step, and time step, input, grading and start: python -m tools.benchmark.
 
-Takes some minutes, and needs CIFAR-100.
+Step and input are timed beside the loop that CIFAR-100 users copy: PIL transforms in a DataLoader, SGD, two .item() per
+step (its prints and TensorBoard scalars left out). Needs CIFAR-100, and about three minutes on two CPU cores.
 """
 
-import argparse
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -14,232 +13,237 @@ import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
+from importlib.util import find_spec
 from itertools import chain, repeat
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
+import augment
 import data
 import train
-from augment import build_loader
-from config import Config, OneLineParser
-from evaluate import evaluate
-from model import MobileNetV3
-from optim import build_criterion
-from utils import UserError, keep_freed_memory, process_group, program, provenance, rank, world_size
+import utils
+from checkpoint import load_model
+from config import PLAIN, Config, OneLineParser, add_data_dir
+from evaluate import default_checkpoint, evaluate
+from model import MobileNetV3, build_model
+from tools.export import export, nhwc, read_onnx
+from tools.predict import probabilities
 
-ROUNDS = 3  # of each contender, in turn
+Figures = dict[str, float]
+
 CPU = torch.device("cpu")
-# The defaults, but augmented by crop and flip alone and never on small images, as what ours is compared with.
-LIKE = Config(trivial_augment=0.0, small_fraction=0.0)
-START = """
-import sys, augment, train
+# What is compared with the plain loop augments by crop and flip alone.
+LIKE = Config(**PLAIN | {"flip": True, "crop_padding": 4, "ema": 0.999, "label_smoothing": 0.1})
 
-iterate = augment.Loader.__iter__
 
-def first_batch(loader):
-    yield next(iterate(loader))
-    raise KeyboardInterrupt(2)  # as Ctrl-C after the first step
+class Count(TorchDispatchMode):
+    """Counts operations that reach the dispatcher, except views and allocations: on a GPU about one kernel each."""
 
-augment.Loader.__iter__ = first_batch
-sys.exit(train.main(sys.argv[1:]) != 130)
-"""
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        view = func.is_view or torch.Tag.inplace_view in func.tags
+        self.count += func.namespace == "aten" and not view and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def count_operations(config: Config, chunk: int = augment.CUDA_CHUNK) -> Figures:
+    """Operations of a training step by part, counted on the CPU, with `chunk` batches augmented at once as on CUDA."""
+    train_set, _ = data.load_training(config.dataset, config.data_dir, config.validation_per_class)
+    loader = augment.Loader(train_set, config)
+    loader.chunk, batches = chunk, iter(loader)
+    model = build_model(config.model).to(memory_format=torch.channels_last)
+    ema, optimizer = train.EMA(model, config.ema), train.build_optimizer(model, config)
+    criterion, meter = train.build_criterion(config, CPU), train.Meter(CPU)
+    parts = {name: Count() for name in ("input", "forward", "backward", "optimizer", "ema", "meter")}
+    with parts["input"]:
+        for _ in range(chunk):
+            images, labels = next(batches)
+    with parts["forward"]:
+        logits = model(images)
+        loss = criterion(images, logits, labels)
+    with parts["backward"]:
+        loss.backward()
+    optimizer.step()  # makes the optimizer's state
+    with parts["optimizer"]:
+        optimizer.step()
+    with parts["ema"]:
+        ema.update()
+    with parts["meter"]:
+        meter.update(loss, logits, labels)
+    return {name: part.count / (chunk if name == "input" else 1) for name, part in parts.items()}
 
 
 class Timed:
-    """A loader's batches, epoch after epoch: some uncounted ones, then as many as fit into so many seconds.
+    """A loader's batches, epoch after epoch: some uncounted ones, then as many as fit into so many seconds. `speed` is
+    then in images/s, what is done with a batch included."""
 
-    `speed` is then in images a second, what is done with a batch included.
-    """
-
-    def __init__(self, loader: Any, warmup: int = 4, seconds: float = 12) -> None:
-        self.loader, self.batch_size = loader, getattr(loader, "batch_size", 1)
-        self.resize = getattr(loader, "resize", None)  # of our own
+    def __init__(self, loader: Any, device: torch.device, warmup: int = 4, seconds: float = 4) -> None:
+        self.loader, self.batch_size, self.labels = loader, loader.batch_size, torch.zeros(1, device=device)
         self.warmup, self.seconds, self.speed = warmup, seconds, 0.0
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches, count = chain.from_iterable(repeat(self.loader)), 0
         for _ in range(self.warmup):
             yield next(batches)
+        self.labels.item()  # waits for the device
         start = time.perf_counter()
         while time.perf_counter() - start < self.seconds:
             images, labels = next(batches)
             yield images, labels
             count += len(labels)
+        self.labels.item()
         self.speed = count / (time.perf_counter() - start)
 
 
-def usual_loader(tuned: bool) -> torch.utils.data.DataLoader:
-    """torchvision's data set in the usual DataLoader, or in one without rotation and with every setting tuned."""
+def time_input(loader: Any, device: torch.device) -> float:
+    """Images/s of a loader alone."""
+    timed = Timed(loader, device, warmup=10)
+    for _ in timed:
+        pass
+    return timed.speed
+
+
+def time_plain(config: Config, device: torch.device) -> Figures:
+    """Images/s of the plain loop, NCHW float32, and of a loader without rotation whose every setting is tuned."""
     from torchvision import transforms as T
     from torchvision.datasets import CIFAR100
 
-    pixels, labels = data.load(LIKE.dataset, LIKE.data_dir, "train")
+    train_set, _ = data.load_training(config.dataset, config.data_dir, config.validation_per_class)
     images = CIFAR100.__new__(CIFAR100)  # its own start would want the archive that the npz file was made from
-    images.data, images.targets = pixels.permute(0, 2, 3, 1).numpy(), labels.tolist()
-    transforms = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.RandomRotation(15)]
-    settings: dict[str, Any] = {"num_workers": 4}
-    if tuned:
-        del transforms[-1]
-        settings = {"num_workers": os.cpu_count(), "persistent_workers": True, "prefetch_factor": 4, "drop_last": True}
-    transforms += [T.ToTensor(), T.Normalize(data.MEAN, data.STD)]
-    images.transform, images.target_transform = T.Compose(transforms), None
-    return torch.utils.data.DataLoader(images, LIKE.batch_size, shuffle=True, **settings)
-
-
-def plain_loop(tuned: bool) -> float:
-    """Training images/s of the loop that CIFAR-100 users copy: NCHW float32, SGD, two .item() a step."""
-    model, loader = MobileNetV3().train(), Timed(usual_loader(tuned))
+    images.data, images.targets, images.target_transform = nhwc(train_set.images).numpy(), train_set.labels, None
+    transforms = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(data.MEAN, data.STD)]
+    images.transform = T.Compose([*transforms[:2], T.RandomRotation(15), *transforms[2:]])
+    loader = Timed(DataLoader(images, config.batch_size, shuffle=True, num_workers=4), device)
+    model = MobileNetV3().to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    for images, labels in loader:
+    for batch, labels in loader:
+        batch, labels = batch.to(device), labels.to(device)
         optimizer.zero_grad()
-        outputs = model(images)
+        outputs = model(batch)
         loss = torch.nn.functional.cross_entropy(outputs, labels)
         loss.backward()
         optimizer.step()
         loss.item(), (outputs.argmax(1) == labels).sum().item()
-    return loader.speed
+    images.transform = T.Compose(transforms)
+    tuning = {"num_workers": os.cpu_count(), "persistent_workers": True, "prefetch_factor": 4, "drop_last": True}
+    tuned = DataLoader(images, config.batch_size, shuffle=True, **tuning)
+    return {"plain": loader.speed, "plain_input": time_input(tuned, device)}
 
 
-def our_loop() -> float:
-    """Training images/s of the program's own loop."""
-    loader = Timed(build_loader(LIKE, CPU)[0])
-    train.train_one_epoch(train.TrainState(LIKE, CPU), loader, build_criterion(LIKE))
-    return loader.speed
+def train_ours(config: Config, device: torch.device, warmup: int = 4, seconds: float = 4) -> tuple[Timed, nn.Module]:
+    """Run the program's own loop. Returns the loader with its speed, and the averaged model."""
+    utils.keep_freed_memory()
+    train_set, _ = data.load_training(config.dataset, config.data_dir, config.validation_per_class)
+    loader = Timed(augment.Loader(train_set.to(device), config), device, warmup, seconds)
+    model = build_model(config.model).to(device, memory_format=torch.channels_last)
+    ema, optimizer = train.EMA(model, config.ema), train.build_optimizer(model, config)
+    wrapped_model = torch.compile(model, dynamic=False, mode="reduce-overhead") if config.compile else model
+    with utils.torch_settings(config.threads, config.deterministic):
+        train.train_one_epoch(wrapped_model, loader, train.build_criterion(config, device), optimizer, ema, config.amp)
+    return loader, ema.model
 
 
-def input_speed(batches: Iterable) -> float:
-    """Images/s of a loader alone."""
-    loader = Timed(batches, warmup=20, seconds=6)
-    for _ in loader:
-        pass
-    return loader.speed
+def time_ours(config: Config, device: torch.device) -> Figures:
+    """Images/s of the program's own loop, and of its loader alone."""
+    loader, _ = train_ours(config, device)
+    if config.compile:
+        return {"compiled": loader.speed}
+    return {"ours": loader.speed, "our_input": time_input(loader.loader, device)}
 
 
-def memory() -> float:
-    """Peak memory in MiB of the defaults' training: all images, 100 steps on each size of them, a validation."""
-    config = Config()
-    loader, validation = build_loader(config, CPU)
-    state = train.TrainState(config, CPU)
-    for epoch in (0, config.epochs - 1):
-        loader.set_epoch(epoch)
-        train.train_one_epoch(state, Timed(loader, warmup=100, seconds=0), build_criterion(config))
-    evaluate(state.eval_model, *validation)
-    return peak()
+def measure_memory_and_grading(config: Config, device: torch.device) -> Figures:
+    """Peak memory in MiB of a start of training with a validation, and seconds to grade."""
+    _, model = train_ours(config, device, warmup=30, seconds=0)
+    blank = torch.zeros(5_000, 3, data.SIDE, data.SIDE, dtype=torch.uint8, device=device)  # as many as are validated
+    evaluate(model, blank, torch.zeros(len(blank), dtype=torch.long, device=device))
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes or KiB
+    figures = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    if device.type == "cuda":
+        figures["peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+    test = data.load_test(config.dataset, config.data_dir).to(device)
+    return figures | {"grade_seconds": median_seconds(lambda: evaluate(model, *test), 2)}
 
 
-def median_seconds(function: Callable[[], Any]) -> float:
-    """Median wall seconds of a call."""
-    return statistics.median(timeit.repeat(function, number=1, repeat=ROUNDS))
+def measure_latency(path: Path) -> Figures:
+    """Milliseconds per image at batch 1 on the CPU: of a checkpoint in torch, and of an ONNX file exported from it if
+    its packages are there."""
+    model, image = load_model(path)[0], data.synthetic(1, seed=0).images[:1]
+    figures = {"latency_ms": 1000 * median_seconds(lambda: probabilities(model, image), 100)}
+    if all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+        with tempfile.TemporaryDirectory() as folder:
+            export(file := Path(folder, "model.onnx"), path)
+            run, batch = read_onnx(file.read_bytes()), nhwc(image)
+        figures["onnx_latency_ms"] = 1000 * median_seconds(lambda: run(batch), 100)
+    return figures
 
 
-def peak() -> float:
-    """Most memory that this process has held, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def median_seconds(call: Callable[[], Any], repeat: int) -> float:
+    """Median wall seconds of a call that waits for its result."""
+    return statistics.median(timeit.repeat(call, number=1, repeat=repeat))
 
 
-def grading() -> dict[str, float]:
-    """Seconds to grade the 10,000 test images, and how many times faster that is than one image at a time."""
-    model = MobileNetV3().eval().to(memory_format=torch.channels_last)
-    test = data.load_test("cifar100", LIKE.data_dir)
-    evaluate(model, test.images[:1000], test.labels[:1000])
-    seconds = median_seconds(lambda: evaluate(model, *test))
-    plain = MobileNetV3().eval()
-    loader = Timed(list(zip(test.images.split(1), test.labels.split(1), strict=True)), warmup=20, seconds=6)
-    with torch.no_grad():
-        for image, _ in loader:
-            plain(data.normalise(image).contiguous()).argmax().item()
-    return {"seconds": seconds, "ratio": len(test.labels) / loader.speed / seconds}
-
-
-def growth(images_per_class: int, epochs: int) -> dict[str, float]:
-    """One short training of the program's own loop, also by several processes: images, seconds and peak memory."""
-    config = replace(LIKE, images_per_class=images_per_class + LIKE.validation_per_class, epochs=epochs)
-    loader, state = build_loader(config, CPU, rank(), world_size())[0], train.TrainState(config, CPU)
-    start = time.perf_counter()
-    for epoch in range(epochs):
-        loader.set_epoch(epoch)
-        train.train_one_epoch(state, loader, build_criterion(config))
-    seconds = time.perf_counter() - start
-    return {"images": len(loader) * loader.batch_size * epochs, "epochs": epochs, "seconds": seconds, "rss_mb": peak()}
-
-
-USUAL = ("plain", "tuned", "loader")  # what ours is compared with
-PARTS: dict[str, Callable[[], Any]] = {
-    "plain": lambda: plain_loop(tuned=False),
-    "tuned": lambda: plain_loop(tuned=True),
-    "ours": our_loop,
-    "loader": lambda: input_speed(usual_loader(tuned=True)),
-    "batches": lambda: input_speed(build_loader(LIKE, CPU)[0]),
-    "memory": memory,
-    "grading": grading,
-    **{f"growth {a} x {b}": partial(growth, a, b) for a, b in ((20, 1), (40, 1), (80, 1), (20, 2), (20, 4))},
-}
-
-
-def succeed(*arguments: str, **environment: str) -> str:
-    """What a Python command prints. Raises UserError with the last line of its errors where it fails."""
-    command = [sys.executable, "-W", "ignore", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    if done.returncode:
-        command, reasons = " ".join(" ".join(arguments).split()), re.findall(".*[a-z].*", done.stderr)
-        raise UserError(f"{command} failed. {['', *reasons][-1]}")
-    return done.stdout
-
-
-def measure(part: str) -> Any:
-    """A part in a process of its own; it has the GOMP_SPINCOUNT that importing train has set here."""
-    output = succeed("-m", "tools.benchmark", "--part", part)
-    print(f"  {part}: {output.strip()}", flush=True)
-    return json.loads(output)
-
-
-def run() -> dict[str, Any]:
-    """All measurements, as docs/results/benchmark.json holds them."""
-    rounds = [[measure(name) for name in ("plain", "tuned", "ours", "loader", "batches")] for _ in range(ROUNDS)]
-    plain, tuned, ours, loader, batches = map(statistics.median, zip(*rounds, strict=True))
-    graded = measure("grading")
+def start(device: torch.device, data_dir: str) -> None:
+    """Run train.py until its first step begins. Raises UserError if it ends before."""
     with tempfile.TemporaryDirectory() as folder:
-        start = median_seconds(lambda: succeed("-c", START, "--device", "cpu", "--runs_dir", folder))
-    return {
-        **provenance("cpu"),
-        "cores": os.cpu_count(),
-        "train_images_per_second": ours,
-        "train_cpu_ratio": ours / plain,
-        "train_cpu_tuned_ratio": ours / tuned,
-        "pipeline_images_per_second": batches,
-        "pipeline_ratio": batches / loader,
-        "grade_seconds": graded["seconds"],
-        "grade_ratio": graded["ratio"],
-        "start_seconds": start,
-        "help_seconds": median_seconds(lambda: succeed("train.py", "-h")),
-        "peak_rss_mb": max(measure("memory") for _ in range(ROUNDS)),
-        "growth": [measure(name) for name in PARTS if name.startswith("growth")],
-    }
+        command = [sys.executable, "-u", str(utils.ROOT / "train.py"), "--device", str(device), "--data_dir", data_dir]
+        with subprocess.Popen([*command, "--runs_dir", folder], stdout=subprocess.PIPE, text=True) as process:
+            started = any(line.startswith("Epoch 1/") for line in process.stdout)
+            process.kill()
+    if not started:
+        raise utils.UserError(f"{' '.join(command)} failed")
 
 
-@program("tools.benchmark")
+def in_process(function: Callable[..., Figures], *arguments: Any) -> Figures:
+    """What a function returns in a process of its own, which no other contender's settings reach."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(device: torch.device, data_dir: str) -> Iterator[dict[str, Any]]:
+    """All figures, by and by. Raises UserError."""
+    gpu = device.type == "cuda"
+    yield utils.provenance(device)
+    yield {f"{part}_operations": count for part, count in count_operations(Config(dataset="synthetic")).items()}
+    yield in_process(measure_memory_and_grading, Config(data_dir=data_dir), device)
+    yield {"start_seconds": median_seconds(lambda: start(device, data_dir), 3)}
+    yield in_process(measure_latency, default_checkpoint())
+    for batch_size in (512, 128) if gpu else (128,):
+        config = replace(LIKE, batch_size=batch_size, data_dir=data_dir)
+        rounds = []
+        for _ in range(1 if gpu else 3):
+            rounds.append(in_process(time_plain, config, device) | in_process(time_ours, config, device))
+        speeds = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+        speeds |= in_process(time_ours, replace(config, compile=True), device) if gpu else {}
+        yield {f"{name}_images_per_second_{batch_size}": speed for name, speed in speeds.items()}
+    yield {"train_cpu_ratio": None} | {f"train_{device.type}_ratio": speeds["ours"] / speeds["plain"]}
+    yield {"pipeline_ratio": speeds["our_input"] / speeds["plain_input"]}
+
+
+@utils.program("tools.benchmark")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.benchmark", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default=Config.device, help="auto, cpu or cuda [%(default)s]")
+    add_data_dir(parser)
     arguments = parser.parse_args(argv)
-    if arguments.part:
-        if arguments.part not in USUAL:
-            keep_freed_memory()  # as train.py and evaluate.py do
-        with process_group("cpu"):
-            print(json.dumps(PARTS[arguments.part]()))
-        return 0
-    result = run()
-    for name, value in result.items():
-        if not isinstance(value, dict | list):  # which have been printed
-            print(f"{name:28} {round(value, 2) if isinstance(value, float) else value}")
+    result = {}
+    for figures in measure(utils.choose_device(arguments.device), arguments.data_dir):
+        for name, value in figures.items():
+            print(f"{name:34} {round(value, 3) if isinstance(value, float) else value}", flush=True)
+        result |= figures
     if arguments.json:
         print(json.dumps(result))
     return 0

@@ -25,8 +25,8 @@ SUPERCLASSES: dict[str, tuple[str, ...]] = {
 NAMES: tuple[str, ...] = tuple(sorted(name for names in SUPERCLASSES.values() for name in names))  # label order
 
 
-def human(name: str) -> str:
-    """A name as it is read: spaces for underscores."""
+def readable(name: str) -> str:
+    """A name with spaces for underscores."""
     return name.replace("_", " ")
 
 

@@ -1,22 +1,27 @@
 """Write one HTML page on what a checkpoint gets right, gets wrong and costs: python -m tools.report."""
 
+import copy
 import io
 import sys
 from base64 import b64encode
 from html import escape
+from operator import itemgetter
 from pathlib import Path
 from string import Template
 
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import evaluate
-from config import Config, OneLineParser
-from tools.analysis import Mistake, Results, analyse, wilson
-from utils import atomic_write, program
+from config import Config, OneLineParser, add_data_dir
+from data import SIDE, load_test
+from model import MobileNetV3
+from tools.labels import readable, superclasses
+from tools.predict import describe, open_checkpoint
+from utils import UserError, atomic_write, keep_freed_memory, program
 
-PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>$model on $dataset</title>
+PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>table { width: 100%; border-spacing: 0 }
 :root { color-scheme: light dark; font: 1rem/1.4 sans-serif } p { overflow-wrap: anywhere } [role] { overflow-x: auto }
 @media (prefers-color-scheme: dark) { .grid > img { filter: invert(1) hue-rotate(180deg) } } h3, figure { margin: 0 }
@@ -25,56 +30,50 @@ th, td { padding: .2rem .5rem; border-bottom: 1px solid #8886; text-align: right
 td { background: linear-gradient(#0072b255 0 0) 0/var(--bar) no-repeat; min-width: 5rem; white-space: nowrap }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 1rem 1.5rem }
 .images { display: flex; flex-wrap: wrap; gap: 4px } figure { width: 6rem; font-size: .8rem } img { max-width: 100% }
-</style></head><body><h1>$model on the $dataset test set</h1><p>$source</p><main>$main</main></body></html>""")
-SHOWN_PAIRS, SHOWN_MISTAKES, IMAGES_A_PAIR = 12, 12, 4
+</style></head><body><h1>$title</h1><p>$about</p><main>$main</main></body></html>""")
+BINS = 15  # of confidence, as in Guo et al., "On Calibration of Modern Neural Networks", 2017
+SHOWN_PAIRS, SHOWN_MISTAKES, IMAGES_PER_PAIR = 12, 12, 4
+
+Row = tuple[str | int | float, ...]
+Mistake = tuple[Tensor, str, str, float]  # image uint8 (3, 32, 32), class, predicted class and its probability
 
 
-def render(results: Results) -> str:
-    """The page: one file of HTML that needs no other."""
-    columns = [results.classes[i : i + 25] for i in range(0, len(results.classes), 25)]
-    cost = f"flops = {results.operations}, Model parameter size = {results.size_kb:.3f} kB"
-    total = ("total", "", *(sum(stage[i] for stage in results.stages) for i in (2, 3, 4)))
-    sections = {
-        "Accuracy": accuracy(results) + diagram(results.plain.bins, results.scaled and results.scaled.bins),
-        "Superclasses": table(("superclass", "class correct", "superclass correct"), *results.superclasses),
-        "Classes": "".join(table(("class", "correct"), *rows) for rows in columns),
-        "Most confused pairs: true → predicted class, probability": pairs(results.mistakes),
-        "Most confident mistakes: true → predicted class, probability": gallery(results.mistakes[:SHOWN_MISTAKES]),
-        f"Cost: {cost}": table(("stage", "output", "parameters", "bytes", "operations"), *results.stages, total),
-    }
-    sections |= {title: table(*map(tuple, cells)) for title, cells in results.latency.items()}
-    main = "".join(
-        f'<h2>{title} ({results.dataset})</h2><div class="grid">{html}</div>' for title, html in sections.items()
-    )
-    return PAGE.substitute(model=results.model, dataset=results.dataset, source=escape(results.source), main=main)
+def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Confidence interval of a fraction, in percent; 95 % at the default z (Wilson, 1927)."""
+    centre, spread = correct + z * z / 2, z * (correct * (count - correct) / count + z * z / 4) ** 0.5
+    return 100 * (centre - spread) / (count + z * z), 100 * (centre + spread) / (count + z * z)
 
 
-def accuracy(results: Results) -> str:
-    """The first table, and a sentence on the temperature."""
-    text = f"There is no temperature: {results.temperature_source}."
-    if results.temperature is not None:
-        text = (
-            f"The temperature {results.temperature:.4f}, {results.temperature_source}, divides all logits of an image "
-            "(Guo et al., 2017). It changes confidences only: the order of the classes stays, and with it the "
-            "accuracy. The probabilities further down are without it."
-        )
-    return f"<div>{table(('measure', 'value', '95 % interval (Wilson)'), *scores(results))}<p>{text}</p></div>"
+def calibration(confidence: Tensor, correct: Tensor, bins: int = BINS) -> tuple[float, Tensor]:
+    """Expected calibration error (Guo et al., 2017) of predictions (N,).
+
+    Also each bin's images, correct images and summed confidence, (3, bins). Bin m holds confidences above m / bins,
+    up to (m + 1) / bins.
+    """
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    sums = torch.stack([index.bincount(weight, bins) for weight in (torch.ones_like(correct), correct, confidence)])
+    return ((sums[1] - sums[2]).abs().sum() / len(index)).item(), sums
 
 
-def scores(results: Results) -> list[tuple[str, str | float, str]]:
-    """The rows of the first table: measure, value, interval."""
-    rows = []
-    for k, correct in ((1, results.top1), (5, results.top5)):
-        low, high = wilson(correct, results.images)
-        rows.append((f"top-{k} accuracy", correct / results.images, f"{low:.2f} to {high:.2f} %"))
-    rows += [("expected calibration error", results.plain.error, ""), ("loss", f"{results.plain.loss:.4f}", "")]
-    if results.scaled:
-        rows.append(("expected calibration error, with temperature", results.scaled.error, ""))
-        rows.append(("loss, with temperature", f"{results.scaled.loss:.4f}", ""))
+def stages(model: nn.Module) -> list[Row]:
+    """Our network's stages from input to output, another network as one: name, output shape for one 3x32x32 image,
+    parameters, bytes with buffers, multiply-adds as thop counts them."""
+    import thop
+
+    parts = {"network": model}
+    if isinstance(model, MobileNetV3):
+        parts = {"stem": model.stem} | {f"block {i}": block for i, block in enumerate(model.blocks, start=1)}
+        parts |= {"head": model.head, "classifier": nn.Sequential(model.pool, nn.Flatten(), model.classifier)}
+    rows, x = [], torch.zeros(1, 3, SIDE, SIDE)
+    for name, part in parts.items():
+        operations, parameters = thop.profile(copy.deepcopy(part), (x,), verbose=False)
+        x = part(x).detach()
+        shape = "x".join(map(str, x.shape[1:]))
+        rows.append((name, shape, int(parameters), evaluate.model_bytes(part), int(operations)))
     return rows
 
 
-def table(head: tuple[str, ...], *rows: tuple[str | int | float, ...]) -> str:
+def table(head: tuple[str, ...], rows: list[Row]) -> str:
     """A table that scrolls by itself. Fractions, which are floats of 0 to 1, are drawn as bars."""
     html = "".join(f'<th scope="col">{name}</th>' for name in head)
     for name, *values in rows:
@@ -89,16 +88,14 @@ def png(file: io.BytesIO, description: str) -> str:
     return f'<img alt="{description}" src="data:image/png;base64,{b64encode(file.getvalue()).decode()}">'
 
 
-def diagram(sums: Tensor, scaled: Tensor | None = None) -> str:
-    """The reliability diagram of what `calibration` summed, (3, bins), perhaps with a temperature too."""
+def diagram(sums: Tensor) -> str:
+    """The reliability diagram of what `calibration` summed, (3, bins)."""
+    from matplotlib.figure import Figure  # here, as its import takes a second
+
     bins, (accuracy, confidence) = sums.shape[1], (sums[1:] / sums[0]).numpy()  # NaN, not drawn, in an empty bin
     axes = Figure(layout="constrained").subplots(subplot_kw={"xlabel": "confidence", "ylabel": "accuracy"})
     axes.bar([(i + 0.5) / bins for i in range(bins)], accuracy, 0.9 / bins, color="#0072b2", label="accuracy")
     axes.plot(confidence, accuracy, "o", color="#d55e00", label="accuracy at the mean confidence")
-    if scaled is not None:
-        accuracy, confidence = (scaled[1:] / scaled[0]).numpy()
-        label = "the same, with temperature"
-        axes.plot(confidence, accuracy, "D", ms=9, color="#009e73", markeredgecolor="white", label=label)
     axes.plot((0, 1), (0, 1), "--", color="0.5", label="perfect calibration")
     axes.legend(loc="upper left")
     axes.figure.savefig(file := io.BytesIO(), dpi=150, transparent=True)
@@ -107,11 +104,13 @@ def diagram(sums: Tensor, scaled: Tensor | None = None) -> str:
 
 def gallery(mistakes: list[Mistake]) -> str:
     """Images, each above its class, the predicted class and that one's probability."""
+    from matplotlib.image import imsave
+
     html = ""
-    for mistake in mistakes:
-        imsave(file := io.BytesIO(), mistake.image.permute(1, 2, 0).contiguous().numpy(), format="png")
-        caption = f"{mistake.true} → {mistake.predicted}, {100 * mistake.probability:.1f}&nbsp;%"
-        html += f"<figure>{png(file, f'image: {mistake.true}')}<figcaption>{caption}</figcaption></figure>"
+    for image, true, predicted, probability in mistakes:
+        imsave(file := io.BytesIO(), image.permute(1, 2, 0).contiguous().numpy(), format="png")
+        caption = f"{true} → {predicted}, {100 * probability:.1f}&nbsp;%"
+        html += f"<figure>{png(file, f'image: {true}')}<figcaption>{caption}</figcaption></figure>"
     return f'<div class="images">{html}</div>'
 
 
@@ -119,25 +118,84 @@ def pairs(mistakes: list[Mistake]) -> str:
     """The pairs of classes that are confused most often, in either direction, with some of their images."""
     members: dict[tuple[str, ...], list[Mistake]] = {}
     for mistake in mistakes:
-        members.setdefault(tuple(sorted((mistake.true, mistake.predicted))), []).append(mistake)
+        members.setdefault(tuple(sorted(mistake[1:3])), []).append(mistake)
     most = sorted(members.items(), key=lambda item: -len(item[1]))[:SHOWN_PAIRS]
     return "".join(
-        f"<div><h3>{one} and {other}: {len(rows)}</h3>{gallery(rows[:IMAGES_A_PAIR])}</div>"
+        f"<div><h3>{one} and {other}: {len(rows)}</h3>{gallery(rows[:IMAGES_PER_PAIR])}</div>"
         for (one, other), rows in most
     )
+
+
+def scores(logits: Tensor, labels: Tensor) -> str:
+    """The first section, for float64 logits (N, 100) and labels (N,): accuracy and calibration."""
+    probability, top = logits.softmax(1).topk(5)
+    hits, count = top == labels[:, None], len(labels)
+    rows: list[Row] = []
+    for k in (1, 5):
+        correct = int(hits[:, :k].sum())
+        low, high = wilson(correct, count)
+        rows.append((f"top-{k} accuracy", correct / count, f"{low:.2f} to {high:.2f} %"))
+    error, sums = calibration(probability[:, 0], hits[:, 0].double())
+    rows += [("expected calibration error", error, ""), ("loss", f"{F.cross_entropy(logits, labels).item():.4f}", "")]
+    return table(("measure", "value", "95 % interval (Wilson)"), rows) + diagram(sums)
+
+
+def fractions(correct: Tensor, group: Tensor) -> list[float]:
+    """The fraction of each group (N,) that is correct (N,)."""
+    return (group.bincount(correct.double()) / group.bincount()).tolist()
+
+
+def report(path: Path, data_dir: str = Config.data_dir) -> tuple[str, float]:
+    """Grade a checkpoint on its data set's test images. Returns the page, one file of HTML that needs no other, and the
+    accuracy in percent. Raises UserError."""
+    model, about, official = open_checkpoint(path)
+    names, groups = [readable(name) for name in official], superclasses(about["dataset"])
+    images, labels = load_test(about["dataset"], data_dir)
+    logits = evaluate.predict_logits(model, images).double()
+    if not logits.isfinite().all():
+        raise UserError(f"{path} gives logits that are not finite. Give another checkpoint")
+    confidence, predicted = logits.softmax(1).max(1)
+    correct = predicted == labels
+
+    group_of = torch.tensor([i for name in official for i, members in enumerate(groups.values()) if name in members])
+    group = group_of[labels]
+    right_group = fractions(group == group_of[predicted], group)
+    supers = zip(map(readable, groups), fractions(correct, group), right_group, strict=True)
+    classes = sorted(zip(names, fractions(correct, labels), strict=True), key=itemgetter(1))
+    mistakes = [
+        (images[i], names[labels[i]], names[predicted[i]], confidence[i].item())
+        for i in confidence.argsort(descending=True).tolist()
+        if not correct[i]
+    ]
+    cost = "Cost: flops = {}, Model parameter size = {:.3f} kB".format(*evaluate.count_cost(model))
+    rows = stages(model)
+    rows.append(("total", "", *(sum(row[i] for row in rows) for i in (2, 3, 4))))
+    sections = {
+        "Accuracy": scores(logits, labels),
+        "Superclasses": table(("superclass", "class correct", "superclass correct"), sorted(supers, key=itemgetter(1))),
+        "Classes": "".join(table(("class", "correct"), classes[i : i + 25]) for i in range(0, len(classes), 25)),
+        "Most confused pairs: true → predicted class, probability": pairs(mistakes),
+        "Most confident mistakes: true → predicted class, probability": gallery(mistakes[:SHOWN_MISTAKES]),
+        cost: table(("stage", "output", "parameters", "bytes", "operations"), rows),
+    }
+    main = "".join(f'<h2>{title}</h2><div class="grid">{html}</div>' for title, html in sections.items())
+    title = f"{path.name} on {len(labels)} {about['dataset']} test images"
+    page = PAGE.substitute(title=escape(title), about=escape(describe(about)), main=main)
+    return page, 100 * correct.double().mean().item()
 
 
 @program("tools.report")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
-    parser.add_argument("--output", type=Path, default="report/index.html", help="page to write [%(default)s]")
-    parser.add_argument("--data_dir", default=Config.data_dir, help="folder of the data set [%(default)s]")
+    parser.add_argument("--output", type=Path, default=Path("report/index.html"), help="page to write [%(default)s]")
+    add_data_dir(parser)
     arguments = parser.parse_args(argv)
-    results = analyse(arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir)
+    keep_freed_memory()
+    page, accuracy = report(arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(arguments.output, lambda file: file.write(render(results).encode()))
-    print(f"{arguments.output}\nAccuracy = {100 * results.top1 / results.images:.2f} %")
+    atomic_write(arguments.output, lambda file: file.write(page.encode()))
+    print(f"{arguments.output}\nAccuracy = {accuracy:.2f} %")
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import checkpoint
 import data
 import evaluate
-from config import PLAIN, Config, OneLineParser, absolute, describe
+from config import PLAIN, OneLineParser, add_data_dir, describe
 from curves import draw_curves
 from utils import ROOT, UserError, atomic_write, choose_device, keep_freed_memory, one_line, program
 
@@ -215,9 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.results", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--name", help="of its record: letters, digits, _ and -")
-    parser.add_argument(
-        "--data_dir", type=absolute, default=ROOT / Config.data_dir, help="folder of the data set [%(default)s]"
-    )
+    add_data_dir(parser)
     parser.add_argument("--check", action="store_true", help="write nothing; fail unless both pages are up to date")
     arguments = parser.parse_args(argv)
     if (arguments.run is None) != (arguments.name is None) or (arguments.run and arguments.check):
