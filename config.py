@@ -187,7 +187,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
             )
         return None, folder, given
     try:
-        config = Config(**PRESETS[given.get("experiment", "default")] | given)
+        config = Config(**PRESETS.get(given.get("experiment", Config.experiment), {}) | given)
     except (TypeError, ValueError) as error:  # TypeError: a preset names a setting that there is not
         parser.error(str(error))
     if config.schedule == "step" and config.lr_step >= config.epochs and "lr_step" not in given:

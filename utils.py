@@ -143,6 +143,7 @@ def process_group(device: str) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     with redirect_stdout(io.StringIO() if rank() else sys.stdout):
         yield
+        dist.barrier()  # otherwise a process that ends early can abort the others
     dist.destroy_process_group()  # not after an error: it would wait for processes that have ended
 
 
