@@ -172,7 +172,7 @@ def train(config: Config, folder: Path | None = None) -> Path:
     """
     device = utils.choose_device(config.device)
     first, resumed = utils.rank() == 0, folder is not None
-    with utils.torch_settings(config.threads, config.deterministic), utils.sigterm_interrupts():
+    with utils.torch_settings(config.threads, config.deterministic), utils.signals_interrupt():
         with utils.first_process_first():
             train_set, validation = load_training(
                 config.dataset, config.data_dir, config.validation_per_class, config.images_per_class
