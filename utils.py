@@ -157,7 +157,7 @@ def choose_device(name: str) -> torch.device:
     try:
         torch.ones(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        reason = one_line(error).partition(". ")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UserError(f"{device} cannot be used: {reason}. Try --device cpu") from error
     return device
 
