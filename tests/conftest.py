@@ -16,7 +16,7 @@ import evaluate
 import model as models
 import utils
 from config import Config
-from tests.helpers import PUBLISHED, SMALL_BLOCKS, TINY
+from tests.helpers import PUBLISHED, SMALL_BLOCKS, TINY, random_model
 
 GRADE = pytest.StashKey[list[str]]()
 
@@ -121,16 +121,7 @@ def whole_files(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 @pytest.fixture
 def model() -> nn.Module:
-    """The network with random weights and batch-norm statistics, in eval mode; its logits differ by much."""
-    torch.manual_seed(0)
-    model = models.MobileNetV3()
-    for name, tensor in model.state_dict().items():
-        if name.endswith("running_mean"):
-            tensor.normal_(0, 0.2)
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2)
-    model.classifier.weight.data.mul_(30)
-    return model.eval()
+    return random_model()
 
 
 @pytest.fixture

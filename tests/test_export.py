@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
-from data import normalise, synthetic
+from data import synthetic
 from evaluate import predict_logits
-from model import MobileNetV3
+from tests.helpers import random_model
 from tools import export
 from tools.labels import class_names
 from tools.predict import probabilities
@@ -23,16 +23,7 @@ from utils import UserError
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """Random weights, with batch-norm statistics of real activations: otherwise all images look the same to it."""
-    torch.manual_seed(0)
-    model = MobileNetV3().train()
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0
-    with torch.no_grad():
-        model(normalise(synthetic(1, seed=3).images))
-        model.classifier.weight.mul_(20)
-    return model.eval()
+    return random_model()
 
 
 @pytest.fixture(scope="module")

@@ -13,26 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import checkpoint
-from data import normalise, synthetic
-from model import MobileNetV3
+from data import normalise
 from tools import predict
 from tools.labels import NAMES, SUPERCLASSES, class_names
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    """Random weights, with batch-norm statistics of real activations: otherwise all images look the same to it."""
-    torch.manual_seed(0)
-    model = MobileNetV3().train()
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0
-    with torch.no_grad():
-        model(normalise(synthetic(1, seed=3).images))
-        model.classifier.weight.mul_(20)
-    return model.eval()
 
 
 @pytest.fixture
