@@ -96,38 +96,30 @@ class EMA:
         self.updates = state["updates"]
 
 
-class Meter:
-    """Mean loss and accuracy of an epoch. The sums stay on the device until they are read."""
+def batch_sums(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed loss, correct predictions and images of a batch, (3,), on its device; nothing waits for a GPU.
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums, self.count = torch.zeros(2, device=device), 0
-
-    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch; of mixed targets (N, 100) the larger part counts as the label."""
-        labels = labels if labels.ndim == 1 else labels.argmax(1)
-        self.sums += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
-        self.count += len(labels)
-
-    def all_reduce(self) -> None:
-        """Add the sums of all processes."""
-        if utils.world_size() > 1:
-            torch.distributed.all_reduce(self.sums)
-            self.count *= utils.world_size()
-
-    def compute(self) -> tuple[float, float]:
-        """Mean loss and accuracy in percent; waits for the device."""
-        loss, accuracy = (self.sums / self.count).tolist()
-        return loss, 100 * accuracy
+    Of mixed targets (N, 100) the larger part counts as the label.
+    """
+    labels = labels if labels.ndim == 1 else labels.argmax(1)
+    count = torch.full_like(loss, len(labels))
+    return torch.stack([loss.detach() * count, (logits.argmax(1) == labels).sum(), count])
 
 
-def progress_bar(loader: Loader, meter: Meter) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches, under a bar with the meter's loss and accuracy: on a terminal, by the first process."""
+def means(sums: Tensor) -> tuple[float, float]:
+    """Mean loss and accuracy in percent of summed `batch_sums`; waits for the device."""
+    loss, accuracy = (sums[:2] / sums[2]).tolist()
+    return loss, 100 * accuracy
+
+
+def progress_bar(loader: Loader, sums: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches, under a bar with the loss and accuracy so far: on a terminal, by the first process."""
     total, disable = len(loader) * loader.batch_size, True if utils.rank() else None
     with tqdm(total=total, unit=" images", disable=disable, leave=False, mininterval=0.5) as bar:
         for images, labels in loader:
             yield images, labels
             if bar.update(loader.batch_size):  # the bar was drawn: twice a second, as reading waits for the device
-                loss, accuracy = meter.compute()
+                loss, accuracy = means(sums)
                 bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}%", refresh=False)
 
 
@@ -136,9 +128,9 @@ def train_one_epoch(
 ) -> tuple[float, float]:
     """Train on one epoch of the loader. Returns the mean loss and the accuracy in percent."""
     device = loader.labels.device
-    meter = Meter(device)
+    sums = torch.zeros(3, device=device)
     model.train()
-    for images, labels in progress_bar(loader, meter):
+    for images, labels in progress_bar(loader, sums):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(images)
             loss = criterion(images, logits, labels)
@@ -146,9 +138,10 @@ def train_one_epoch(
         loss.backward()
         optimizer.step()
         ema.update()
-        meter.update(loss, logits, labels)  # stays on the device
-    meter.all_reduce()
-    return meter.compute()
+        sums += batch_sums(loss, logits, labels)
+    if utils.world_size() > 1:
+        torch.distributed.all_reduce(sums)
+    return means(sums)
 
 
 def finish(folder: Path, config: Config, history: checkpoint.History) -> None:

@@ -28,7 +28,7 @@ def test_operations_of_a_step_stay_below_their_bars() -> None:
     assert 0 < counted["input"] <= 8
     assert 250 < counted["forward"] + counted["backward"] <= 290
     assert counted["optimizer"] > 0 and counted["ema"] > 0 and counted["optimizer"] + counted["ema"] <= 12
-    assert counted["meter"] <= 6
+    assert counted["sums"] <= 7
 
 
 def test_views_and_allocations_are_not_counted() -> None:

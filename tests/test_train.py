@@ -286,7 +286,7 @@ def test_a_run_starts_from_weights_and_a_finished_one_stays_as_it_is(tiny: Confi
 
 
 NOT_FINITE = {  # where, in which call of an epoch, and what happens then
-    "training": (train.Meter, "compute", 1, 1, lambda meter: (math.nan, 99.0)),
+    "training": (train, "means", 1, 1, lambda sums: (math.nan, 99.0)),
     "validation": (train, "evaluate", 1, 1, lambda *_: evaluate.Scores(math.nan, 99.0, 99.0)),
     "statistics": (train.EMA, "update", 12, 12, lambda ema: ema.averaged[4].fill_(math.inf)),
 }

@@ -63,8 +63,8 @@ def count_operations(config: Config, chunk: int = augment.CUDA_CHUNK) -> Figures
     loader.chunk, batches = chunk, iter(loader)
     model = build_model(config.model).to(memory_format=torch.channels_last)
     ema, optimizer = train.EMA(model, config.ema), train.build_optimizer(model, config)
-    criterion, meter = train.build_criterion(config, CPU), train.Meter(CPU)
-    parts = {name: Count() for name in ("input", "forward", "backward", "optimizer", "ema", "meter")}
+    criterion, sums = train.build_criterion(config, CPU), torch.zeros(3)
+    parts = {name: Count() for name in ("input", "forward", "backward", "optimizer", "ema", "sums")}
     with parts["input"]:
         for _ in range(chunk):
             images, labels = next(batches)
@@ -78,8 +78,8 @@ def count_operations(config: Config, chunk: int = augment.CUDA_CHUNK) -> Figures
         optimizer.step()
     with parts["ema"]:
         ema.update()
-    with parts["meter"]:
-        meter.update(loss, logits, labels)
+    with parts["sums"]:
+        sums += train.batch_sums(loss, logits, labels)
     return {name: part.count / (chunk if name == "input" else 1) for name, part in parts.items()}
 
 

@@ -1,4 +1,4 @@
-"""Write a checkpoint as one .onnx or .pt2 file, uint8 (N, 32, 32, 3) RGB to probabilities (N, 100), and check it."""
+"""Write a checkpoint as one .onnx file, uint8 (N, 32, 32, 3) RGB to probabilities (N, 100), and check it."""
 
 import copy
 import io
@@ -68,17 +68,18 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def serialise(exported: torch.export.ExportedProgram, onnx: bool, properties: dict[str, str]) -> bytes:
-    """An ONNX file without external data, with properties as its metadata; or a .pt2 with them as extra files."""
-    if not onnx:
-        torch.export.save(exported, buffer := io.BytesIO(), extra_files=properties)
-        return buffer.getvalue()
+def to_onnx(model: nn.Module, properties: dict[str, str]) -> bytes:
+    """A deployed model as an ONNX file without external data, with properties as its metadata."""
     from onnx.helper import set_model_props  # optional
 
+    example = torch.zeros(2, data.SIDE, data.SIDE, 3, dtype=torch.uint8)  # a batch of 1 would become a constant
+    exported = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for node in exported.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names this machine's folders
     names = {"input_names": ["images"], "output_names": ["probabilities"]}
-    model = torch.onnx.export(exported, dynamo=True, external_data=False, verbose=False, **names).model_proto
-    set_model_props(model, properties)
-    return model.SerializeToString()
+    proto = torch.onnx.export(exported, dynamo=True, external_data=False, verbose=False, **names).model_proto
+    set_model_props(proto, properties)
+    return proto.SerializeToString()
 
 
 def read_onnx(content: bytes) -> Run:
@@ -151,20 +152,15 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir, int8: bool
 
     Only int8 reads the data set: training images for the ranges, and the test images to grade it.
     """
-    onnx = path.suffix.lower() == ".onnx"
-    for name in ("onnx", "onnxscript", "onnxruntime") if onnx else ():
+    for name in ("onnx", "onnxscript", "onnxruntime"):
         import_module(name)  # raises ModuleNotFoundError at once and not after a minute
     model, about, labels = open_checkpoint(source)
     properties = {name: value or "unknown" for name, value in about.items()} | {"labels": json.dumps(labels)}
     images = data.synthetic(2, seed=0).images
     expected = probabilities(model, images)
     with quiet():
-        example, shapes = nhwc(images[:2]), {0: torch.export.Dim("batch")}  # a batch of 1 would become a constant
-        exported = torch.export.export(Deployed(model).eval(), (example,), dynamic_shapes=(shapes,))
-        for node in exported.graph.nodes:
-            node.meta.pop("stack_trace", None)  # it names this machine's folders
-        content = serialise(exported, onnx, properties)
-        run = read_onnx(content) if onnx else torch.export.load(io.BytesIO(content)).module()
+        content = to_onnx(Deployed(model).eval(), properties)
+    run = read_onnx(content)
     lines = [f"Checked: {check(run, expected, images)} of the checkpoint's"]
     if int8:
         train_set, _ = data.load_training(about["dataset"], data_dir, Config.validation_per_class)
@@ -182,14 +178,13 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir, int8: bool
 @program("tools.export")
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("file", type=Path, help="to write: NAME.onnx or NAME.pt2")
-    parser.add_argument("--int8", action="store_true", help="quantise NAME.onnx to int8: a third of the size")
+    parser.add_argument("file", type=Path, help="to write: NAME.onnx")
+    parser.add_argument("--int8", action="store_true", help="quantise to int8: a third of the size")
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     add_data_dir(parser)
     arguments = parser.parse_args(argv)
-    allowed = (".onnx",) if arguments.int8 else (".onnx", ".pt2")
-    if arguments.file.suffix.lower() not in allowed:
-        parser.error(f"{arguments.file} must end in {' or '.join(allowed)}")
+    if arguments.file.suffix.lower() != ".onnx":
+        parser.error(f"{arguments.file} must end in .onnx")
     source = arguments.checkpoint or default_checkpoint()
     print(*export(arguments.file, source, arguments.data_dir, arguments.int8), sep="\n")
     return 0
