@@ -113,12 +113,16 @@ def table(heads: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(f"| {' | '.join(str(line[i]) for i in kept)} |" for line in lines)
 
 
+def hours(record: Record) -> float:
+    """What the epochs of a run took."""
+    return sum(row["seconds"] for row in record["history"]) / 3600
+
+
 def runs_table(records: list[Record]) -> str:
     """A row per run."""
     rows = []
     for record in records:
-        hours = sum(row["seconds"] for row in record["history"]) / 3600
-        made = [record["seed"], record["commit"] or "not recorded", f"{hours:.1f}", record["best_epoch"]]
+        made = [record["seed"], record["commit"] or "not recorded", f"{hours(record):.1f}", record["best_epoch"]]
         parts = [record.get(part) for part in ("claimed", "train", "train_eval", "validation", "test")]
         accuracies = [percent(part and part["accuracy"]) for part in parts]
         files = [f"[{key}]({record[key].removeprefix('docs/')})" for key in ("log", "curves") if record[key]]
@@ -174,8 +178,9 @@ def make_tables(records: dict[str, Record], default: list[Record]) -> dict[Path,
     published = records[PUBLISHED]
     experiments = [records[name] for name in EXPERIMENTS if name in records]
     results = [
-        ["accuracy of `checkpoints/published.pth`, trained with a teacher", seeds_text([published])],
         ["accuracy after `python train.py`, AdamW with StepLR", seeds_text(default)],
+        *[["time of such a run", f"{hours(run):.1f} hours on {run['machine']}"] for run in default[:1]],
+        ["accuracy of `checkpoints/published.pth`, trained with a teacher", seeds_text([published])],
         ["multiply-adds", f"{published['cost']['operations']:,}"],
         ["parameter size", f"{published['cost']['size_kb']:.3f} kB"],
     ]
