@@ -31,15 +31,9 @@ def read(path: Path) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB, on white if it is transparent.
-
-    White is 65535 in integers of more than 8 bits. In floats it is 1, or 255 if any value is above 1. Values that are
-    not finite become black.
-    """
-    if image.mode[0] in "IF":  # PIL would clip them at 255
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-        white = 65_535 if image.mode[0] == "I" else 1 if values.max() <= 1 else 255
-        image = Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
+    """An image of any 8-bit mode as RGB, on white if it is transparent. Raises ValueError if it has more bits."""
+    if image.mode[0] in "IF":  # PIL would clip its values at 255
+        raise ValueError("it has more than 8 bits per channel. Convert it to 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
