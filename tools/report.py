@@ -28,7 +28,7 @@ PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><t
 body { max-width: 75rem; margin: auto; padding: 1rem } figure img { width: 6rem; image-rendering: pixelated }
 th, td { padding: .2rem .5rem; border-bottom: 1px solid #8886; text-align: right } th:first-child { text-align: left }
 td { background: linear-gradient(#0072b255 0 0) 0/var(--bar) no-repeat; min-width: 5rem; white-space: nowrap }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 1rem 1.5rem }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: 1rem 1.5rem }
 .images { display: flex; flex-wrap: wrap; gap: 4px } figure { width: 6rem; font-size: .8rem } img { max-width: 100% }
 </style></head><body><h1>$title</h1><p>$about</p><main>$main</main></body></html>""")
 BINS = 15  # of confidence, as in Guo et al., "On Calibration of Modern Neural Networks", 2017
