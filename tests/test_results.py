@@ -67,6 +67,7 @@ def test_a_run_is_graded_and_recorded_once(run: Path, docs: Path, capsys: pytest
     assert (docs / "curves" / "mine.png").read_bytes().startswith(b"\x89PNG")
 
     text = path.read_text()
+    assert str(run.parents[1]) not in text, "no folder of this machine"
     assert record(run) == 1 and "graded once" in capsys.readouterr().err
     assert path.read_text() == text
     assert results.main(["--check"]) == 1, "the page lacks the new run"

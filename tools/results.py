@@ -15,7 +15,7 @@ from typing import Any
 import checkpoint
 import data
 import evaluate
-from config import PLAIN, OneLineParser, add_data_dir, describe
+from config import PLAIN, Config, OneLineParser, add_data_dir, describe
 from curves import draw_curves
 from utils import ROOT, UserError, atomic_write, choose_device, keep_freed_memory, one_line, program
 
@@ -46,11 +46,11 @@ def record_run(run: Path, name: str, data_dir: str) -> Path:
     device = choose_device("auto")
     model = checkpoint.load_model(run / "best.pth")[0].to(device)
     train_eval = evaluate.evaluate(model, *train_set.to(device))
-    row = best["metrics"]
+    row, recipe = best["metrics"], {setting: portable(best["config"][setting]) for setting in PLAIN}
     record = {
         "name": name,
-        "title": describe(config),
-        "config": {setting: portable(best["config"][setting]) for setting in PLAIN},
+        "title": describe(Config(**recipe, experiment=config.experiment)),
+        "config": recipe,
         "seed": config.seed,
         **{key: best[key] for key in ("commit", "torch", "machine", "date")},
         "run": run.resolve().name,
