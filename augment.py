@@ -11,7 +11,8 @@ from config import Config
 from data import CLASSES, SIDE, Images, normalise
 from utils import UserError
 
-# A CPU generator uses 32 bits of its seed: with this stride no two epochs of runs of up to 1,264 epochs share them.
+# A CPU generator uses the low 32 bits of its seed. With this stride no two epochs of any two runs share them, if the
+# runs have at most 1,264 epochs.
 SEED_STRIDE = 1_000_003
 TEACHER_SEED_OFFSET = 1_000_001  # above any seed: a run with a teacher draws views that its teacher was not trained on
 CUDA_CHUNK = 64  # batches augmented at once: the launches of TrivialAugment's kernels then cost next to nothing
@@ -187,7 +188,7 @@ class Loader:
         for index in order[: len(self) * self.batch_size].split(self.chunk * self.batch_size):
             images, labels = self.augment(index, generator), self.labels[index]
             batches = len(index) // self.batch_size
-            for i in range(batches):  # every so many-th image: each batch has all of TrivialAugment's operations
+            for i in range(batches):  # so that each batch has all of TrivialAugment's operations
                 yield self.mix(images[i::batches], labels[i::batches])
 
     def augment(self, index: Tensor, generator: Generator) -> Tensor:

@@ -3,7 +3,6 @@
 import csv
 import io
 import zipfile
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import Config, check_value
+from config import Config
 from model import CLASSES, build_model
 from utils import ROOT, UserError, atomic_write, one_line, shown
 
@@ -130,9 +129,7 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     assumed = {"model": "mobilenetv3", "image_size": 32, "dataset": "cifar100"}
     config = assumed | content["config"] if isinstance(content.get("config"), dict) else assumed
     try:
-        for f in fields(Config):
-            if f.name in assumed:
-                check_value(f, config[f.name])
+        Config(**{name: config[name] for name in assumed})
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}. Give another file") from error
     model = build_model(config["model"], image_size=config["image_size"])
@@ -156,10 +153,10 @@ def new_run(runs_dir: str, name: str) -> Path:
 def save_epoch(
     folder: Path, about: dict[str, Any], history: History, stateful: dict[str, Any], weights: dict[str, Tensor]
 ) -> bool:
-    """Write log.csv, last.pth and, for the best epoch (unvalidated: the last one), best.pth. Returns whether it was.
+    """Write log.csv and last.pth, and best.pth if this epoch is the best one. Returns whether it is.
 
-    last.pth, from which a run is resumed, comes last: a run killed before it repeats the epoch and writes the same
-    files again.
+    Without validation the last epoch counts as the best. last.pth, from which a run is resumed, comes last: a run that
+    is killed before repeats the epoch and writes the same files again.
     """
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     common = {**about, "epoch": len(history), "metrics": history[-1], "date": date}

@@ -168,7 +168,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=120),
     )
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder")
     for f in fields(Config):
         options = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} [{f.default}]"}
         if f.type is bool:

@@ -42,7 +42,10 @@ class Images(NamedTuple):
 def load_training(
     dataset: str, data_dir: str, validation_per_class: int, images_per_class: int = 0
 ) -> tuple[Images, Images]:
-    """The training and the validation images, on the CPU; so many images per class (0: all). Raises UserError."""
+    """The training and the validation images, together `images_per_class` of each class (0 = all), on the CPU.
+
+    Raises UserError.
+    """
     images, labels = load(dataset, data_dir, "train", images_per_class)
     train, validation = split(labels, validation_per_class, images_per_class)
     if not len(train):
@@ -56,7 +59,7 @@ def load_test(dataset: str, data_dir: str) -> Images:
 
 
 def load(dataset: str, data_dir: str, source: str, per_class: int = 0) -> Images:
-    """All "train" or "test" images of a data set; of the synthetic one `per_class` images per class (0: all)."""
+    """All "train" or "test" images of a data set; of the synthetic one `per_class` images per class (0 = all)."""
     if dataset == "synthetic":
         return synthetic(**SYNTHETIC[source] | ({"per_class": per_class} if per_class else {}))
     name, path = f"{source}_images", ROOT / data_dir / "cifar100.npz"

@@ -10,7 +10,8 @@ from checkpoint import load_model
 
 
 class DistillationLoss:
-    """Mean squared difference of the model's and a frozen teacher's logits, each less its mean (Kim et al., 2021).
+    """Mean squared difference of the model's and a frozen teacher's logits, of which each image's mean is subtracted
+    first (Kim et al., 2021).
 
     The teacher sees the same view of each image as the model (consistent teaching: Beyer et al., 2022), mixed images
     too; the labels are not used.

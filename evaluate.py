@@ -4,6 +4,8 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 import checkpoint
 from config import Config, OneLineParser, add_data_dir
 from data import SIDE, load_test, normalise
-from utils import choose_device, float32_precision, keep_freed_memory, program, shown
+from utils import choose_device, keep_freed_memory, program, shown
 
 
 class Scores(NamedTuple):
@@ -34,13 +36,25 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
     return Scores(loss.item(), *accuracies.tolist())
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute CUDA's float32 convolutions and matrix products in float32, and not in TF32."""
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision, products.fp32_precision = before
+
+
 @torch.inference_mode()
 def predict_logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits (N, 100) for uint8 (N, 3, 32, 32) on the model's device: in eval mode, in float32 without TF32."""
-    batch_size = 100 if images.device.type == "cpu" else 5_000  # the figures do not depend on it
+    batch_size = 100 if images.device.type == "cpu" else 500  # more would not fit on a GPU if a model enlarges images
     was_training = model.training
     model.eval()
-    with float32_precision("ieee"):
+    with full_precision():
         logits = torch.cat([model(normalise(batch)) for batch in images.split(batch_size)])
     model.train(was_training)
     return logits

@@ -40,7 +40,7 @@ STEM, HEAD = BLOCKS[0].inputs, 960  # channels
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """A convolution that keeps the feature map's size (over the stride), without bias, and its batch normalisation."""
+    """A convolution without bias that divides the feature map's size by the stride, and its batch normalisation."""
     return [
         nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(outputs),

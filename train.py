@@ -145,8 +145,13 @@ def train_one_epoch(
 
 
 def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
-    """Draw the curves, and let the best weights of our network on all of CIFAR-100 replace checkpoints/best.pth."""
+    """Draw the curves, say which epoch was the best, and let the best weights of our network on all of CIFAR-100
+    replace checkpoints/best.pth."""
     draw_curves({folder.name: history}, folder / "curves.png")
+    best = checkpoint.best_row(history)
+    accuracy = best["validation_accuracy"]
+    validated = "without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
+    print(f"Best epoch: {best['epoch']} of {config.epochs} ({validated})\nLog, curves, checkpoints: {folder}")
     run = (config.model, config.image_size, config.dataset, config.images_per_class)
     if run == ("mobilenetv3", 32, "cifar100", 0) and (folder / "best.pth").exists():
         weights = (folder / "best.pth").read_bytes()
@@ -158,13 +163,13 @@ def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
 
 
 def train(config: Config, folder: Path | None = None) -> Path:
-    """Train a new run, or go on with the one in `folder`. Returns the run's folder. Raises UserError.
+    """Train a new run, or resume the one in `folder`. Returns the run's folder. Raises UserError.
 
     On Ctrl-C and SIGTERM it says how to resume and raises KeyboardInterrupt: the epoch under way is repeated then.
     torchrun's processes all call this; the first one validates, prints and writes the files.
     """
     device = utils.choose_device(config.device)
-    first, resumed = utils.rank() == 0, folder is not None
+    main_process, resumed = utils.rank() == 0, folder is not None
     with utils.torch_settings(config.threads, config.deterministic), utils.signals_interrupt():
         with utils.first_process_first():
             train_set, validation = load_training(
@@ -183,6 +188,8 @@ def train(config: Config, folder: Path | None = None) -> Path:
         scheduler = build_scheduler(optimizer, config)
         # On CPUs bfloat16 is three times slower.
         amp = config.amp and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if config.amp and not amp:
+            print(f"No bfloat16 on {device}: training in float32")
         criterion = build_criterion(config, device, amp)
         stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
         history = checkpoint.restore(folder, stateful) if resumed else []
@@ -194,9 +201,9 @@ def train(config: Config, folder: Path | None = None) -> Path:
             wrapped_model = torch.compile(wrapped_model, dynamic=False, mode="reduce-overhead" if graphs else None)
         if not resumed:
             name = config.experiment if config.dataset == "cifar100" else f"{config.experiment}-{config.dataset}"
-            folder = utils.broadcast(checkpoint.new_run(config.runs_dir, name) if first else None)
+            folder = utils.broadcast(checkpoint.new_run(config.runs_dir, name) if main_process else None)
         writer = None
-        if config.tensorboard and first:
+        if config.tensorboard and main_process:
             from torch.utils.tensorboard import SummaryWriter  # optional
 
             writer = SummaryWriter(str(folder), purge_step=len(history) + 1, flush_secs=10)
@@ -204,7 +211,6 @@ def train(config: Config, folder: Path | None = None) -> Path:
         print(f"Training {describe(config)} on {len(loader.labels)} {config.dataset} images")
         print(f"{config.epochs - len(history)} epochs left, on {about['machine']}\nRun folder: {folder}", flush=True)
 
-        last_drawn = time.monotonic()
         try:
             for epoch in range(len(history) + 1, config.epochs + 1):
                 print(f"Epoch {epoch}/{config.epochs}")
@@ -214,7 +220,7 @@ def train(config: Config, folder: Path | None = None) -> Path:
                 speed = len(loader) * loader.batch_size / (time.perf_counter() - start)
                 scheduler.step()
                 print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
-                scores = evaluate(ema.model, *validation) if config.validation_per_class and first else None
+                scores = evaluate(ema.model, *validation) if config.validation_per_class and main_process else None
                 if scores:
                     print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
                 if not (ema.is_finite() and math.isfinite(loss) and (not scores or math.isfinite(scores.loss))):
@@ -222,7 +228,7 @@ def train(config: Config, folder: Path | None = None) -> Path:
                         f"the loss or a weight is not finite in epoch {epoch} at learning rate {lr:g}. "
                         "Earlier checkpoints stay as they are. Try a lower lr"
                     )
-                if not first:
+                if not main_process:
                     continue  # what follows must not wait for the other processes
                 row = {
                     "epoch": epoch,
@@ -241,11 +247,8 @@ def train(config: Config, folder: Path | None = None) -> Path:
                 for name, value in row.items() if writer else ():
                     if value is not None:
                         writer.add_scalar(name, value, epoch)
-                if time.monotonic() - last_drawn > 60:  # drawing takes half a second
-                    draw_curves({folder.name: history}, folder / "curves.png")
-                    last_drawn = time.monotonic()
         except KeyboardInterrupt:
-            if first and (folder / "last.pth").exists():
+            if main_process and (folder / "last.pth").exists():
                 finish(folder, config, history)
                 print(f"Stopped. Resume with: python train.py --resume {shlex.quote(str(folder))}", flush=True)
             else:
@@ -254,7 +257,7 @@ def train(config: Config, folder: Path | None = None) -> Path:
         finally:
             if writer:
                 writer.close()
-        if first:
+        if main_process:
             finish(folder, config, history)
     return folder
 
@@ -269,12 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     utils.keep_freed_memory()
     with utils.process_group(config.device):
         folder = train(config, folder)
-        if utils.rank() == 0:
-            best = checkpoint.load(folder / "best.pth")
-            accuracy = best["metrics"]["validation_accuracy"]
-            validated = "the last, without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
-            print(f"Best epoch: {best['epoch']} of {config.epochs} ({validated})\nLog, curves, checkpoints: {folder}")
-            print(f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}")
+        print(f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}")
     return 0
 
 

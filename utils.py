@@ -163,20 +163,8 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextmanager
-def float32_precision(precision: str) -> Iterator[None]:
-    """Compute CUDA's float32 convolutions and matrix products in "ieee" float32, or faster in "tf32"."""
-    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = convolutions.fp32_precision, products.fp32_precision
-    convolutions.fp32_precision = products.fp32_precision = precision
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision, products.fp32_precision = before
-
-
-@contextmanager
 def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
-    """Use so many CPU threads (0: torch's choice), deterministic kernels or not, and TF32. Restored at the end."""
+    """Set the number of CPU threads (0 = torch's choice) and whether kernels are deterministic, until the end."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.set_flush_denormal(True)  # otherwise gradients near 0 slow a CPU down (docs/notes.md)
     torch.set_num_threads(threads or before[0])
@@ -185,8 +173,7 @@ def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic  # a run has one shape: cuDNN times its algorithms for it
     try:
-        with float32_precision("tf32"):
-            yield
+        yield
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before[0])

@@ -67,7 +67,7 @@ def test_the_programs_own_loop_is_timed() -> None:
     loader, averaged = benchmark.train_ours(config, torch.device("cpu"), warmup=2, seconds=0.1)
     assert loader.speed > 0 and isinstance(loader.loader, augment.Loader)
     assert averaged(torch.zeros(1, 3, SIDE, SIDE)).shape == (1, 100)
-    assert benchmark.LIKE.trivial_augment == 0 and benchmark.LIKE.flip
+    assert benchmark.COMPARED.trivial_augment == 0 and benchmark.COMPARED.flip
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ Figures = dict[str, float]
 
 CPU = torch.device("cpu")
 # What is compared with the plain loop augments by crop and flip alone.
-LIKE = Config(**PLAIN | {"flip": True, "crop_padding": 4, "ema": 0.999, "label_smoothing": 0.1})
+COMPARED = Config(**PLAIN | {"flip": True, "crop_padding": 4, "ema": 0.999, "label_smoothing": 0.1})
 
 
 class Count(TorchDispatchMode):
@@ -84,8 +84,10 @@ def count_operations(config: Config, chunk: int = augment.CUDA_CHUNK) -> Figures
 
 
 class Timed:
-    """A loader's batches, epoch after epoch: some uncounted ones, then as many as fit into so many seconds. `speed` is
-    then in images/s, what is done with a batch included."""
+    """A loader's batches, epoch after epoch: `warmup` uncounted ones, then as many as fit into `seconds`.
+
+    `speed` is then in images/s, and includes what is done with a batch.
+    """
 
     def __init__(self, loader: Any, device: torch.device, warmup: int = 4, seconds: float = 4) -> None:
         self.loader, self.batch_size, self.labels = loader, loader.batch_size, torch.zeros(1, device=device)
@@ -221,7 +223,7 @@ def measure(device: torch.device, data_dir: str) -> Iterator[dict[str, Any]]:
     yield {"start_seconds": median_seconds(lambda: start(device, data_dir), 3)}
     yield in_process(measure_latency, default_checkpoint())
     for batch_size in (512, 128) if gpu else (128,):
-        config = replace(LIKE, batch_size=batch_size, data_dir=data_dir)
+        config = replace(COMPARED, batch_size=batch_size, data_dir=data_dir)
         rounds = []
         for _ in range(1 if gpu else 3):
             rounds.append(in_process(time_plain, config, device) | in_process(time_ours, config, device))

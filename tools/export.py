@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import data
 from config import Config, OneLineParser, add_data_dir
 from evaluate import default_checkpoint
-from tools.predict import describe, open_checkpoint, probabilities
+from tools.predict import describe_checkpoint, open_checkpoint, probabilities
 from utils import UserError, atomic_write, program
 
 Run = Callable[[Tensor], Tensor]  # uint8 (N, 32, 32, 3) to probabilities (N, 100)
@@ -28,7 +28,7 @@ Run = Callable[[Tensor], Tensor]  # uint8 (N, 32, 32, 3) to probabilities (N, 10
 BATCHES = (1, 2, 97, 100)  # images per call when a file is checked
 TOLERANCE = 1e-4  # largest difference of a probability
 CALIBRATION = 500  # training images that give the ranges of int8 values
-SAME = 60.0  # % of images whose top-1 class an int8 file must share with the float32 file
+MIN_AGREEMENT = 60.0  # % of images whose top-1 class an int8 file must share with the float32 file
 
 
 class Deployed(nn.Module):
@@ -142,7 +142,7 @@ def compare(run: Run, exact: Run, test: data.Images) -> str:
     given, expected = (torch.cat([file(batch).argmax(1) for batch in batches]) for file in (run, exact))
     pairs = (given, expected), (given, test.labels), (expected, test.labels)
     same, after, before = (100 * (one == other).double().mean().item() for one, other in pairs)
-    if same < SAME:
+    if same < MIN_AGREEMENT:
         raise UserError(f"the int8 file was not written: its class is that of float32 on {same:.1f} % of test images")
     return f"Accuracy = {after:.2f} %, in float32 {before:.2f} %; same class on {same:.2f} % of {len(given)} images"
 
@@ -172,7 +172,7 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir, int8: bool
         lines.append(compare(small, run, data.load_test(about["dataset"], data_dir)))
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: file.write(content))
-    return [f"Exported {describe(about)} to {path}, {len(content) / 1e6:.1f} MB", *lines]
+    return [f"Exported {describe_checkpoint(about)} to {path}, {len(content) / 1e6:.1f} MB", *lines]
 
 
 @program("tools.export")

@@ -49,7 +49,7 @@ def open_checkpoint(path: Path) -> tuple[nn.Module, About, tuple[str, ...]]:
     return model, {k: None if v is None else str(v) for k, v in about.items()}, class_names(config["dataset"])
 
 
-def describe(about: About) -> str:
+def describe_checkpoint(about: About) -> str:
     """One line: which checkpoint this is."""
     known = {name: value or "unknown" for name, value in about.items()}
     return "{checkpoint} (experiment {experiment}, date {date}, classes of {dataset})".format(**known)
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(about | {"images": results}))
     else:
-        print(describe(about))
+        print(describe_checkpoint(about))
     for result in results:
         if "error" in result:
             print(f"tools.predict: error: {result['error']}", file=sys.stderr)

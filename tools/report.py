@@ -18,7 +18,7 @@ from config import Config, OneLineParser, add_data_dir
 from data import SIDE, load_test
 from model import MobileNetV3
 from tools.labels import readable, superclasses
-from tools.predict import describe, open_checkpoint
+from tools.predict import describe_checkpoint, open_checkpoint
 from utils import UserError, atomic_write, keep_freed_memory, program
 
 PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>$title</title>
@@ -180,7 +180,7 @@ def report(path: Path, data_dir: str = Config.data_dir) -> tuple[str, float]:
     }
     main = "".join(f'<h2>{title}</h2><div class="grid">{html}</div>' for title, html in sections.items())
     title = f"{path.name} on {len(labels)} {about['dataset']} test images"
-    page = PAGE.substitute(title=escape(title), about=escape(describe(about)), main=main)
+    page = PAGE.substitute(title=escape(title), about=escape(describe_checkpoint(about)), main=main)
     return page, 100 * correct.double().mean().item()
 
 

@@ -17,7 +17,7 @@ import data
 import evaluate
 from config import PLAIN, Config, OneLineParser, add_data_dir, describe
 from curves import draw_curves
-from utils import ROOT, UserError, atomic_write, choose_device, keep_freed_memory, one_line, program
+from utils import ROOT, UserError, atomic_write, choose_device, keep_freed_memory, program
 
 # The content of docs/results/NAME.json, with the run's log under "history". Accuracies are in percent.
 Record = dict[str, Any]
@@ -85,17 +85,9 @@ def scores(accuracy: float | None, loss: float | None, **more: float) -> dict[st
     return None if accuracy is None else {"accuracy": round(accuracy, 6), "loss": round(loss, 6), **more}
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}. Repair it by hand") from error
-
-
 def read_records() -> dict[str, Record]:
     """The records that have test figures, by name, in the order of their dates. Raises UserError."""
-    contents = [read_json(path) for path in sorted((DOCS / "results").glob("*.json"))]
+    contents = [json.loads(path.read_text("utf-8")) for path in sorted((DOCS / "results").glob("*.json"))]
     records = [content for content in contents if isinstance(content, dict) and content.get("test")]
     for record in records:
         record["history"] = checkpoint.read_log(DOCS / "logs" / f"{record['name']}.csv")
@@ -138,7 +130,7 @@ def comparisons_table(name: str) -> str:
     with (DOCS / "logs" / f"{name}.csv").open(encoding="utf-8") as file:
         last = {row["run"]: float(row["validation_accuracy"]) for row in csv.DictReader(file)}
     rows = []
-    for row in read_json(DOCS / "results" / f"{name}.json"):
+    for row in json.loads((DOCS / "results" / f"{name}.json").read_text("utf-8")):
         run, base, flags = row["run"], row["base"], row["flags"]
         pairs = [(run + seed, f"{base}{seed}") for seed in ("", "-seed1")]
         points = [f"{last[new] - last[old]:+.2f}" for new, old in pairs if new in last and old in last]
@@ -199,13 +191,9 @@ def make_tables(records: dict[str, Record], default: list[Record]) -> dict[Path,
 
 def write_pages(check: bool) -> None:
     """Write the tables of both pages, and docs/curves/default.png. With `check` only compare. Raises UserError."""
-    try:
-        records = read_records()
-        default = [records[name] for name in sorted(records) if re.fullmatch(r"default-\d+", name)]
-        pages = {path: fill(path, tables) for path, tables in make_tables(records, default).items()}
-    except (KeyError, TypeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"docs/results or docs/logs lack what the pages show ({problem}). Repair them") from error
+    records = read_records()
+    default = [records[name] for name in sorted(records) if re.fullmatch(r"default-\d+", name)]
+    pages = {path: fill(path, tables) for path, tables in make_tables(records, default).items()}
     changed = [path for path, text in pages.items() if path.read_text("utf-8") != text]
     if check and changed:
         raise UserError(f"not up to date: {', '.join(map(str, changed))}. Run: python -m tools.results")
