@@ -99,9 +99,3 @@ def test_grading_leaves_the_process_as_it_was(tiny: Config, model: nn.Module, tm
     evaluate.evaluate(model, *data.synthetic(1, 0))
     assert seen == ["ieee"] and grade(path) == 0
     assert process_settings() == settings
-
-
-def test_the_readmes_python_runs(published: Path, cifar100: str) -> None:
-    names: dict[str, Any] = {}
-    exec((ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0], names)
-    assert names["logits"].shape == (8, 100)

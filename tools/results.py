@@ -170,9 +170,9 @@ def make_tables(records: dict[str, Record], default: list[Record]) -> dict[Path,
     published = records[PUBLISHED]
     experiments = [records[name] for name in EXPERIMENTS if name in records]
     results = [
-        ["accuracy after `python train.py`, AdamW with StepLR", seeds_text(default)],
+        ["test accuracy after `python train.py`, AdamW with StepLR", seeds_text(default)],
         *[["time of such a run", f"{hours(run):.1f} hours on {run['machine']}"] for run in default[:1]],
-        ["accuracy of `checkpoints/published.pth`, trained with a teacher", seeds_text([published])],
+        ["test accuracy of `checkpoints/published.pth`, trained with a teacher", seeds_text([published])],
         ["multiply-adds", f"{published['cost']['operations']:,}"],
         ["parameter size", f"{published['cost']['size_kb']:.3f} kB"],
     ]
@@ -186,7 +186,7 @@ def make_tables(records: dict[str, Record], default: list[Record]) -> dict[Path,
     for name in ("recipe", "comparisons", "distillation"):
         if (DOCS / "logs" / f"{name}.csv").exists():
             tables[name] = comparisons_table(name)
-    return {README: {"results": table(["", "official test set"], results)}, DOCS / "results.md": tables}
+    return {README: {"results": table(["what", "figure"], results)}, DOCS / "results.md": tables}
 
 
 def write_pages(check: bool) -> None:
