@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 import zipfile
 from datetime import datetime
 from pathlib import Path
@@ -91,10 +92,10 @@ def preference(prefix: str) -> int:
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path, fine_tune: bool = False) -> None:
-    """Copy the weights in the content of a file into a model: a state dict, nested or with prefixed names as it may be.
+    """Load the weights in the content of a file: a state dict, nested or with prefixed names as it may be.
 
-    With `fine_tune`, a classifier for another number of classes keeps its random weights. Raises UserError that names
-    the first tensors that do not fit.
+    With `fine_tune`, a classifier for another number of classes keeps its random weights. Raises UserError with the
+    start of torch's list of what does not fit.
     """
     model = model[1] if isinstance(model, nn.Sequential) else model  # without model.Enlarge
     own, tensors = model.state_dict(), tensors_in(content)
@@ -105,18 +106,18 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, fine_tun
         raise UserError(f"{path} holds no weights of this model: there is no {first} in it, but {found}")
     prefix = min(prefixes, key=preference)
     weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    weights = {name: value for name, value in weights.items() if "/" not in name}
-    problems = []
-    for name, tensor in own.items():
-        found = weights.pop(name, None)
-        if found is not None and found.shape == tensor.shape:
-            tensor.copy_(found)
-        elif not name.endswith("num_batches_tracked") and not (fine_tune and tensor.shape[:1] == (CLASSES,)):
-            problem = "is missing" if found is None else f"is {(*found.shape,)} and the model's is {(*tensor.shape,)}"
-            problems.append(f"{name} {problem}")
-    problems += [f"{name} is not in the model" for name in weights if not name.endswith(("total_ops", "total_params"))]
-    if problems:
-        raise UserError(f"{path} does not fit the model: {'; '.join(problems[:3])}. Give a file of this network")
+    for name in list(weights):
+        if "/" in name or name.endswith(("total_ops", "total_params")):  # thop's counters
+            del weights[name]
+    for name, value in own.items() if fine_tune else ():
+        other = name not in weights or weights[name].shape != value.shape
+        if other and value.shape[:1] == (CLASSES,):
+            weights[name] = value
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise UserError(f"{path} does not fit the model: {reason}. Give a file of this network") from error
 
 
 def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:

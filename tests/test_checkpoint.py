@@ -148,9 +148,9 @@ def test_weights_that_do_not_fit_name_the_first_tensors_that_differ(model: nn.Mo
     weights = model.state_dict()
     fewer = {name: value for name, value in weights.items() if not name.startswith("head")}
     for wrong, reason in (
-        (weights | {"stem.0.weight": torch.zeros(8, 3, 3, 3)}, r"stem\.0\.weight is \(8, 3, 3, 3\) and the model's is"),
-        (weights | {"other.weight": torch.zeros(1)}, r"other\.weight is not in the model"),
-        (fewer, r"head\.0\.weight is missing; head\.1\.weight is missing"),
+        (weights | {"stem.0.weight": torch.zeros(8, 3, 3, 3)}, r"stem\.0\.weight.+\[8, 3, 3, 3\]"),
+        (weights | {"other.weight": torch.zeros(1)}, r"Unexpected.+other\.weight"),
+        (fewer, r"Missing.+head\.0\.weight"),
         ({"conv1.weight": torch.zeros(1)}, r"there is no stem\.0\.weight in it, but conv1\.weight"),
     ):
         with pytest.raises(UserError, match=rf"^any\.pth .*{reason}") as caught:
