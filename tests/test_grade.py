@@ -12,6 +12,8 @@ from tests.helpers import PUBLISHED
 from tools import results
 from utils import UserError, shown
 
+SHIPPED = {"published.pth": results.PUBLISHED, "default.pth": "default-0"}  # the record of each file
+
 
 @functools.cache
 def graded(path: Path, data_dir: str) -> dict[str, Any]:
@@ -48,7 +50,9 @@ def test_grade(network: tuple[int, str, int], request: pytest.FixtureRequest, te
     assert result["accuracy"] <= result["top5"] <= 100
 
 
-def test_the_published_checkpoint_keeps_its_accuracy(published: Path, cifar100: str) -> None:
-    result, recorded = graded(published, cifar100), results.read_records()[results.PUBLISHED]["test"]
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_checkpoints_keep_their_accuracy(name: str, published: Path, cifar100: str) -> None:
+    result = graded(published.with_name(name), cifar100)
+    recorded = results.read_records()[SHIPPED[name]]["test"]
     assert result["accuracy"] == pytest.approx(recorded["accuracy"], abs=0.02)
     assert result["top5"] == pytest.approx(recorded["top5"], abs=0.02)
