@@ -143,12 +143,14 @@ def new_run(runs_dir: str, name: str) -> Path:
     folder = shown(ROOT / runs_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        while folder.exists():  # another run of the same second
-            folder = folder.with_name(folder.name + "+")
-        folder.mkdir()
+        while True:
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # another run of the same second
+                folder = folder.with_name(folder.name + "+")
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}. Give another --runs_dir") from error
-    return folder
 
 
 def save_epoch(

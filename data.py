@@ -25,10 +25,6 @@ SPLIT_SEED = 100  # fixed, so that all runs are compared on the same validation 
 SYNTHETIC = {"train": {"per_class": 200, "seed": 5}, "test": {"per_class": 20, "seed": 4}}
 
 
-class DataError(UserError):
-    """The data set is missing or damaged; the message names the file and the cure."""
-
-
 class Images(NamedTuple):
     """Images as uint8 (N, 3, 32, 32), channels_last, and labels as int64 (N,), on one device."""
 
@@ -54,7 +50,7 @@ def load_training(
 
 
 def load_test(dataset: str, data_dir: str) -> Images:
-    """The test images, which only grading may read. Raises DataError."""
+    """The test images, which only grading may read. Raises UserError."""
     return load(dataset, data_dir, "test")
 
 
@@ -118,14 +114,14 @@ def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def read(path: Path, name: str) -> np.ndarray:
-    """An array of the file, checked against its digest. Raises DataError."""
+    """An array of the file, checked against its digest. Raises UserError."""
     try:
         with np.load(path, allow_pickle=False) as file:
             images = file[name]
         check(name, images)
     except Exception as error:  # a damaged file raises nearly anything
         reason = one_line(error).partition(". ")[0]  # numpy goes on with advice to open it all the same
-        raise DataError(f"{path} cannot be used: {reason}. Delete it and run again to build it anew") from error
+        raise UserError(f"{path} cannot be used: {reason}. Delete it and run again to build it anew") from error
     return images
 
 
@@ -140,7 +136,7 @@ def check(name: str, images: np.ndarray) -> None:
 def build(path: Path) -> dict[str, np.ndarray]:
     """Download CIFAR-100, or use what is beside `path`, and write it as one npz file. Returns its arrays.
 
-    A folder that cannot be written but holds torchvision's files is enough. Raises DataError.
+    A folder that cannot be written but holds torchvision's files is enough. Raises UserError.
     """
     from torchvision.datasets import CIFAR100  # here, as its import takes a second
 
@@ -158,7 +154,7 @@ def build(path: Path) -> dict[str, np.ndarray]:
         cure = f"Put the official {archive.name} into {folder}/ by hand"
         if had_archive:
             cure = f"If {archive} is damaged, delete it and put a whole one there"
-        raise DataError(
+        raise UserError(
             f"CIFAR-100 is not in {path} and torchvision could not get it from {CIFAR100.url} ({one_line(error)}). "
             f"{cure}, or give another --data_dir, or try the program without data: python train.py --dataset synthetic "
             "--epochs 2"

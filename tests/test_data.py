@@ -66,7 +66,7 @@ def test_a_folder_that_is_read_only_is_enough(extracted: Path, arrays: Arrays, t
 
 def test_files_that_are_not_the_official_images_are_refused(extracted: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(data.SHA256, "test_images", "0" * 64)
-    with pytest.raises(data.DataError, match="SHA-256"):
+    with pytest.raises(UserError, match="SHA-256"):
         data.load_test("cifar100", str(tmp_path))
     assert list(tmp_path.iterdir()) == [extracted], "nothing is built from them"
 
@@ -76,7 +76,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path, monkeypatch
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/nothing-listens-here")
     archive = tmp_path / CIFAR100.filename
     for cure in (f"Put the official {archive.name} into {tmp_path}/", f"If {archive} is damaged, delete it"):
-        with pytest.raises(data.DataError) as caught:
+        with pytest.raises(UserError) as caught:
             data.load_training("cifar100", str(tmp_path), 50)
         for text in (str(tmp_path / "cifar100.npz"), "127.0.0.1:9", cure, "--dataset synthetic"):
             assert text in str(caught.value)
@@ -103,7 +103,7 @@ def exchange_two_images(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip_a_bit, pickled_code, exchange_two_images])
 def test_a_damaged_file_is_refused_in_one_line(damage: Callable[[Path], None], arrays: Arrays, tmp_path: Path) -> None:
     damage(tmp_path / "cifar100.npz")
-    with pytest.raises(data.DataError, match=r"cifar100\.npz cannot be used: .+\. Delete it") as caught:
+    with pytest.raises(UserError, match=r"cifar100\.npz cannot be used: .+\. Delete it") as caught:
         data.load_training("cifar100", str(tmp_path), 1)
     assert "\n" not in str(caught.value) and "allow_pickle=True" not in str(caught.value)
     assert not Bomb.exploded

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import checkpoint
 import data
 from data import synthetic
 from evaluate import predict_logits
-from tests.helpers import random_model
+from tests.helpers import random_model, write_checkpoint
 from tools import export
 from tools.labels import class_names
 from tools.predict import probabilities
@@ -28,10 +27,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def source(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = {"model": "mobilenetv3", "image_size": 32, "dataset": "synthetic", "experiment": "default"}
-    path = tmp_path_factory.mktemp("source") / "any.pth"
-    checkpoint.save(path, {"config": config, "date": "2026-01-01", "weights": model.state_dict()})
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "any.pth", model)
 
 
 @pytest.fixture

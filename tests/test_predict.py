@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import checkpoint
 from data import normalise
+from tests.helpers import write_checkpoint
 from tools import predict
 from tools.labels import NAMES, SUPERCLASSES, class_names
 
@@ -23,10 +23,7 @@ WHITE, RED = (255, 255, 255), (255, 0, 0)
 @pytest.fixture
 def source(model: nn.Module, tmp_path: Path) -> Path:
     """A checkpoint that knows its experiment and date."""
-    config = {"model": "mobilenetv3", "image_size": 32, "dataset": "synthetic", "experiment": "default"}
-    path = tmp_path / "any.pth"
-    checkpoint.save(path, {"config": config, "date": "2026-01-01", "weights": model.state_dict()})
-    return path
+    return write_checkpoint(tmp_path / "any.pth", model)
 
 
 @pytest.fixture

@@ -7,17 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
 import data
 import evaluate
 from data import synthetic
+from tests.helpers import write_checkpoint
 from tools import labels, report
-
-
-def write(path: Path, model: nn.Module, dataset: str) -> Path:
-    config = {"model": "mobilenetv3", "image_size": 32, "dataset": dataset, "experiment": "default"}
-    checkpoint.save(path, {"config": config, "date": "2026-01-01", "weights": model.state_dict()})
-    return path
 
 
 @pytest.fixture
@@ -65,7 +59,7 @@ def test_page_is_complete_and_needs_no_other_file(
     """Of a checkpoint, and of a bare state dict, which is taken for CIFAR-100 and does not say more."""
     path, output = tmp_path / "a<b.pth", tmp_path / "new" / "index.html"
     if dataset == "synthetic":
-        write(path, model, dataset)
+        write_checkpoint(path, model)
     else:
         torch.save({"module." + name: value for name, value in model.state_dict().items()}, path)
     assert report.main(["--checkpoint", str(path), "--output", str(output)]) == 0
@@ -95,7 +89,7 @@ def test_known_predictions_are_counted_right(
     predicted[:2], predicted[-1] = 1, 0
     logits = torch.cat([9.0 + torch.arange(200)[:, None] / 100]) * nn.functional.one_hot(predicted, 100)
     monkeypatch.setattr(evaluate, "predict_logits", lambda model, images: logits)
-    page, accuracy = report.report(write(tmp_path / "any.pth", model, "synthetic"))
+    page, accuracy = report.report(write_checkpoint(tmp_path / "any.pth", model))
     assert accuracy == pytest.approx(98.5)
     cells = dict(re.findall(r'scope="row">(pattern [^<]+)</th>(.*?)</tr>', page))
     percents = {name: re.findall(r">([\d.]+) %<", row) for name, row in cells.items()}
@@ -120,8 +114,8 @@ def test_errors_are_one_line(
         return line
 
     assert "none.pth is not there" in error("--checkpoint", tmp_path / "none.pth")
-    path = write(tmp_path / "any.pth", model, "synthetic")
+    path = write_checkpoint(tmp_path / "any.pth", model)
     (tmp_path / "file").touch()
     assert "file" in error("--checkpoint", path, "--output", tmp_path / "file" / "index.html")
     model.classifier.bias.data[0] = torch.inf
-    assert "not finite" in error("--checkpoint", write(path, model, "synthetic"))
+    assert "not finite" in error("--checkpoint", write_checkpoint(path, model))

@@ -16,6 +16,7 @@ import timeit
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, repeat
 from multiprocessing import get_context
@@ -179,16 +180,18 @@ def measure_memory_and_grading(config: Config, device: torch.device) -> Figures:
     return figures | {"grade_seconds": median_seconds(lambda: evaluate(model, *test), 2)}
 
 
-def measure_latency(path: Path) -> Figures:
-    """Milliseconds per image at batch 1 on the CPU: of a checkpoint in torch, and of an ONNX file exported from it if
-    its packages are there."""
+def measure_latency(path: Path, data_dir: str) -> Figures:
+    """Milliseconds per image at batch 1 on the CPU: of a checkpoint in torch, and of its two ONNX files if their
+    packages are there."""
     model, image = load_model(path)[0], data.synthetic(1, seed=0).images[:1]
     figures = {"latency_ms": 1000 * median_seconds(lambda: probabilities(model, image), 100)}
     if all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
-        with tempfile.TemporaryDirectory() as folder:
-            export(file := Path(folder, "model.onnx"), path)
-            run, batch = read_onnx(file.read_bytes()), nhwc(image)
-        figures["onnx_latency_ms"] = 1000 * median_seconds(lambda: run(batch), 100)
+        batch = nhwc(image)
+        for name, int8 in (("onnx", False), ("int8", True)):
+            with tempfile.TemporaryDirectory() as folder:
+                export(file := Path(folder, "model.onnx"), path, data_dir, int8)
+                run = read_onnx(file.read_bytes())
+            figures[f"{name}_latency_ms"] = 1000 * median_seconds(partial(run, batch), 100)
     return figures
 
 
@@ -221,7 +224,7 @@ def measure(device: torch.device, data_dir: str) -> Iterator[dict[str, Any]]:
     yield {f"{part}_operations": count for part, count in count_operations(Config(dataset="synthetic")).items()}
     yield in_process(measure_memory_and_grading, Config(data_dir=data_dir), device)
     yield {"start_seconds": median_seconds(lambda: start(device, data_dir), 3)}
-    yield in_process(measure_latency, default_checkpoint())
+    yield in_process(measure_latency, default_checkpoint(), data_dir)
     for batch_size in (512, 128) if gpu else (128,):
         config = replace(COMPARED, batch_size=batch_size, data_dir=data_dir)
         rounds = []
