@@ -155,10 +155,13 @@ class Loader:
     """
 
     def __init__(self, train_set: Images, config: Config, rank: int = 0, world_size: int = 1) -> None:
-        self.config, self.pixels, self.labels, self.epoch = config, pixel_table(train_set.images), train_set.labels, 0
+        self.config = config
+        self.pixels, self.labels = pixel_table(train_set.images), train_set.labels
+        self.epoch = 0  # that the next iteration gives
         self.batch_size = min(config.batch_size, len(self.labels))
         self.chunk = CUDA_CHUNK if self.labels.is_cuda else 1  # batches augmented at once
-        self.shard, self.mixers = slice(rank, None, world_size), []
+        self.shard = slice(rank, None, world_size)
+        self.mixers = []
         if self.batch_size % world_size:
             raise UserError(f"{world_size} processes cannot share batches of {self.batch_size} images. Change one")
         if config.mixup or config.cutmix:
@@ -166,10 +169,6 @@ class Loader:
 
             self.mixers += [v2.MixUp(alpha=config.mixup, num_classes=CLASSES)] if config.mixup else []
             self.mixers += [v2.CutMix(alpha=config.cutmix, num_classes=CLASSES)] if config.cutmix else []
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, that the next iteration gives."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         """Batches per epoch."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from config import Config
-from model import CLASSES, build_model
+from data import CLASSES
+from model import Enlarge, build_model
 from utils import ROOT, UserError, atomic_write, one_line, shown
 
 History = list[dict[str, Any]]  # a dict per epoch with the columns of log.csv; None where nothing was measured
@@ -86,29 +87,25 @@ def tensors_in(content: Any, folder: str = "") -> dict[str, Tensor]:
     return tensors
 
 
-def preference(prefix: str) -> int:
-    """Of several state dicts in a file, averaged weights come first, then those called weights."""
-    return 0 if "ema" in prefix or "average" in prefix else 1 if "weights" in prefix else 2
-
-
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path, fine_tune: bool = False) -> None:
     """Load the weights in the content of a file: a state dict, nested or with prefixed names as it may be.
 
     With `fine_tune`, a classifier for another number of classes keeps its random weights. Raises UserError with the
     start of torch's list of what does not fit.
     """
-    model = model[1] if isinstance(model, nn.Sequential) else model  # without model.Enlarge
+    if isinstance(model, nn.Sequential) and isinstance(model[0], Enlarge):
+        model = model[1]
     own, tensors = model.state_dict(), tensors_in(content)
     first = next(iter(own))
     prefixes = [name.removesuffix(first) for name in tensors if f"/{name}".endswith((f"/{first}", f".{first}"))]
     if not prefixes:
         found = ", ".join(list(tensors)[:3]) or "no tensors"
         raise UserError(f"{path} holds no weights of this model: there is no {first} in it, but {found}")
-    prefix = min(prefixes, key=preference)
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    for name in list(weights):
-        if "/" in name or name.endswith(("total_ops", "total_params")):  # thop's counters
-            del weights[name]
+    # Of several state dicts, averaged weights come first, then those called weights.
+    prefix = min(prefixes, key=lambda prefix: (not ("ema" in prefix or "average" in prefix), "weights" not in prefix))
+    names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+    counters = ("total_ops", "total_params")  # thop's
+    weights = {name: tensors[prefix + name] for name in names if "/" not in name and not name.endswith(counters)}
     for name, value in own.items() if fine_tune else ():
         other = name not in weights or weights[name].shape != value.shape
         if other and value.shape[:1] == (CLASSES,):
@@ -138,37 +135,31 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), content | {"config": config}
 
 
-def new_run(runs_dir: str, name: str) -> Path:
-    """Make the folder runs_dir/<time>-<name>. Raises UserError."""
-    folder = shown(ROOT / runs_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
+def new_run(config: Config) -> Path:
+    """Make the folder <runs_dir>/<time>-<experiment>. Raises UserError."""
+    name = config.experiment if config.dataset == "cifar100" else f"{config.experiment}-{config.dataset}"
+    time = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # to a microsecond, as several runs may start in the same second
+    folder = shown(ROOT / config.runs_dir / f"{time}-{name}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:  # another run of the same second
-                folder = folder.with_name(folder.name + "+")
+        folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}. Give another --runs_dir") from error
+    return folder
 
 
-def save_epoch(
-    folder: Path, about: dict[str, Any], history: History, stateful: dict[str, Any], weights: dict[str, Tensor]
-) -> bool:
-    """Write log.csv and last.pth, and best.pth if this epoch is the best one. Returns whether it is.
+def save_epoch(folder: Path, about: dict[str, Any], history: History, stateful: dict[str, Any]) -> bool:
+    """Write log.csv and last.pth, and best.pth if this epoch is the best so far. Returns whether it is.
 
-    Without validation the last epoch counts as the best. last.pth, from which a run is resumed, comes last: a run that
-    is killed before repeats the epoch and writes the same files again.
+    last.pth, from which a run is resumed, comes last: a run that is killed before repeats the epoch and writes the same
+    files again.
     """
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     common = {**about, "epoch": len(history), "metrics": history[-1], "date": date}
-    validated = history[-1]["validation_accuracy"] is not None
-    best = best_row(history) is history[-1] if validated else len(history) == about["config"]["epochs"]
-    if best:
-        save(folder / "best.pth", common | {"weights": weights})
-    write_log(folder / "log.csv", history)
     states = {name: part.state_dict() for name, part in stateful.items()}
+    best = best_row(history) is history[-1]
+    if best:
+        save(folder / "best.pth", common | {"weights": states["ema"]["model"]})
+    write_log(folder / "log.csv", history)
     save(folder / "last.pth", common | {"history": history} | states)
     return best
 

@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ class Config:
     """All settings. Raises ValueError with one line if a value is wrong or contradicts another.
 
     Relative paths are relative to the repository; a relative path in a flag is relative to the current folder.
+    `experiment` is a name alone: parse_command_line applies the preset.
     """
 
     # The recipe: what is trained, and how.
@@ -166,7 +168,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
         prog="train.py",
         description="Train the MobileNetV3 of model.py on CIFAR-100. The defaults are constants of config.py.",
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=120),
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=120),
     )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder")
     for f in fields(Config):

@@ -22,7 +22,7 @@ SHA256 = {  # of the arrays' bytes, sorted by label, within a label in the offic
 MEAN = (0.5070751592, 0.4865488733, 0.4409178434)
 STD = (0.2673342859, 0.2564384629, 0.2761504713)
 SPLIT_SEED = 100  # fixed, so that all runs are compared on the same validation images
-SYNTHETIC = {"train": {"per_class": 200, "seed": 5}, "test": {"per_class": 20, "seed": 4}}
+SYNTHETIC = {"train": (200, 5), "test": (20, 4)}  # images per class, seed
 
 
 class Images(NamedTuple):
@@ -57,7 +57,8 @@ def load_test(dataset: str, data_dir: str) -> Images:
 def load(dataset: str, data_dir: str, source: str, per_class: int = 0) -> Images:
     """All "train" or "test" images of a data set; of the synthetic one `per_class` images per class (0 = all)."""
     if dataset == "synthetic":
-        return synthetic(**SYNTHETIC[source] | ({"per_class": per_class} if per_class else {}))
+        count, seed = SYNTHETIC[source]
+        return synthetic(per_class or count, seed)
     name, path = f"{source}_images", ROOT / data_dir / "cifar100.npz"
     array = read(path, name) if path.exists() else build(path)[name]
     images = torch.from_numpy(array).permute(0, 3, 1, 2)
@@ -142,7 +143,6 @@ def build(path: Path) -> dict[str, np.ndarray]:
 
     folder, arrays = path.parent, {}
     archive = folder / CIFAR100.filename
-    had_archive = archive.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for source in ("train", "test"):
@@ -151,13 +151,10 @@ def build(path: Path) -> dict[str, np.ndarray]:
             arrays[name] = np.ascontiguousarray(official.data[np.argsort(official.targets, kind="stable")])
             check(name, arrays[name])
     except (OSError, RuntimeError, ValueError) as error:  # URLError and HTTPError are OSErrors
-        cure = f"Put the official {archive.name} into {folder}/ by hand"
-        if had_archive:
-            cure = f"If {archive} is damaged, delete it and put a whole one there"
         raise UserError(
             f"CIFAR-100 is not in {path} and torchvision could not get it from {CIFAR100.url} ({one_line(error)}). "
-            f"{cure}, or give another --data_dir, or try the program without data: python train.py --dataset synthetic "
-            "--epochs 2"
+            f"Put the official archive at {archive}, in place of a damaged one, or give another --data_dir, or try the "
+            "program without data: python train.py --dataset synthetic --epochs 2"
         ) from error
     try:
         atomic_write(path, lambda file: np.savez(file, **arrays))

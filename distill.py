@@ -14,19 +14,18 @@ class DistillationLoss:
     first (Kim et al., 2021).
 
     The teacher sees the same view of each image as the model (consistent teaching: Beyer et al., 2022), mixed images
-    too; the labels are not used.
+    too; the labels are not used. The caller's autocast holds for the teacher too.
     """
 
-    def __init__(self, teacher: Path, device: torch.device, amp: bool = False, compile: bool = False) -> None:
+    def __init__(self, teacher: Path, device: torch.device, compile: bool = False) -> None:
         model, _ = load_model(teacher)
         self.teacher: nn.Module = model.to(device, memory_format=torch.channels_last).requires_grad_(False)
         if compile:
             self.teacher = torch.compile(self.teacher, dynamic=False)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
     def __call__(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of logits (N, 100) for normalised images (N, 3, 32, 32)."""
-        with torch.no_grad(), self.autocast:
+        with torch.no_grad():
             target = self.teacher(images)
         logits, target = logits.float(), target.float()
         return F.mse_loss(logits - logits.mean(1, keepdim=True), target - target.mean(1, keepdim=True))

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data import CLASSES
 from utils import UserError, one_line
 
-CLASSES = 100
 ReLU = partial(nn.ReLU, inplace=True)
 Hardswish = nn.Hardswish  # in place it would first copy its input, which its gradient needs
 

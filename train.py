@@ -57,10 +57,10 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> lr_sche
     return lr_scheduler.ChainedScheduler([warmup, decay])
 
 
-def build_criterion(config: Config, device: torch.device, amp: bool = False) -> Criterion:
+def build_criterion(config: Config, device: torch.device) -> Criterion:
     """Cross-entropy with label smoothing (Szegedy et al., 2016), or with a teacher the distance to its logits."""
     if config.teacher != "none":
-        return DistillationLoss(utils.ROOT / config.teacher, device, amp, config.compile)
+        return DistillationLoss(utils.ROOT / config.teacher, device, config.compile)
     cross_entropy = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     return lambda images, logits, labels: cross_entropy(logits, labels)
 
@@ -73,7 +73,8 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay, self.updates = copy.deepcopy(model) if decay else model, decay, 0
+        self.model = copy.deepcopy(model) if decay else model
+        self.decay, self.updates = decay, 0
         self.averaged = [value for value in self.model.state_dict().values() if value.is_floating_point()]
         self.current = [value for value in model.state_dict().values() if value.is_floating_point()]
 
@@ -83,10 +84,6 @@ class EMA:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
             torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
             self.updates += 1
-
-    def is_finite(self) -> bool:
-        """Whether no averaged weight is NaN or infinite; waits for the device."""
-        return torch.stack(torch._foreach_norm(self.averaged)).isfinite().all().item()
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "updates": self.updates}
@@ -114,7 +111,8 @@ def means(sums: Tensor) -> tuple[float, float]:
 
 def progress_bar(loader: Loader, sums: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches, under a bar with the loss and accuracy so far: on a terminal, by the first process."""
-    total, disable = len(loader) * loader.batch_size, True if utils.rank() else None
+    total = len(loader) * loader.batch_size
+    disable = True if utils.rank() else None  # None: unless on a terminal
     with tqdm(total=total, unit=" images", disable=disable, leave=False, mininterval=0.5) as bar:
         for images, labels in loader:
             yield images, labels
@@ -127,7 +125,7 @@ def train_one_epoch(
     model: nn.Module, loader: Loader, criterion: Criterion, optimizer: torch.optim.Optimizer, ema: EMA, amp: bool
 ) -> tuple[float, float]:
     """Train on one epoch of the loader. Returns the mean loss and the accuracy in percent."""
-    device = loader.labels.device
+    device = next(model.parameters()).device
     sums = torch.zeros(3, device=device)
     model.train()
     for images, labels in progress_bar(loader, sums):
@@ -138,7 +136,7 @@ def train_one_epoch(
         loss.backward()
         optimizer.step()
         ema.update()
-        sums += batch_sums(loss, logits, labels)
+        sums += batch_sums(loss, logits, labels)  # in place, as the bar reads them
     if utils.world_size() > 1:
         torch.distributed.all_reduce(sums)
     return means(sums)
@@ -153,7 +151,7 @@ def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
     validated = "without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
     print(f"Best epoch: {best['epoch']} of {config.epochs} ({validated})\nLog, curves, checkpoints: {folder}")
     run = (config.model, config.image_size, config.dataset, config.images_per_class)
-    if run == ("mobilenetv3", 32, "cifar100", 0) and (folder / "best.pth").exists():
+    if run == ("mobilenetv3", 32, "cifar100", 0):
         weights = (folder / "best.pth").read_bytes()
         try:
             utils.atomic_write(checkpoint.BEST, lambda file: file.write(weights))
@@ -169,7 +167,8 @@ def train(config: Config, folder: Path | None = None) -> Path:
     torchrun's processes all call this; the first one validates, prints and writes the files.
     """
     device = utils.choose_device(config.device)
-    main_process, resumed = utils.rank() == 0, folder is not None
+    main_process = utils.rank() == 0
+    resumed = folder is not None
     with utils.torch_settings(config.threads, config.deterministic), utils.signals_interrupt():
         with utils.first_process_first():
             train_set, validation = load_training(
@@ -190,7 +189,7 @@ def train(config: Config, folder: Path | None = None) -> Path:
         amp = config.amp and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if config.amp and not amp:
             print(f"No bfloat16 on {device}: training in float32")
-        criterion = build_criterion(config, device, amp)
+        criterion = build_criterion(config, device)
         stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
         history = checkpoint.restore(folder, stateful) if resumed else []
 
@@ -200,13 +199,12 @@ def train(config: Config, folder: Path | None = None) -> Path:
             graphs = device.type == "cuda" and utils.world_size() == 1  # under DDP batch norm makes torch skip them
             wrapped_model = torch.compile(wrapped_model, dynamic=False, mode="reduce-overhead" if graphs else None)
         if not resumed:
-            name = config.experiment if config.dataset == "cifar100" else f"{config.experiment}-{config.dataset}"
-            folder = utils.broadcast(checkpoint.new_run(config.runs_dir, name) if main_process else None)
+            folder = utils.broadcast(checkpoint.new_run(config) if main_process else None)
         writer = None
         if config.tensorboard and main_process:
             from torch.utils.tensorboard import SummaryWriter  # optional
 
-            writer = SummaryWriter(str(folder), purge_step=len(history) + 1, flush_secs=10)
+            writer = SummaryWriter(str(folder), purge_step=len(history) + 1)
         about = {"config": asdict(config), **utils.provenance(device)}  # read now, and with it the commit that trains
         print(f"Training {describe(config)} on {len(loader.labels)} {config.dataset} images")
         print(f"{config.epochs - len(history)} epochs left, on {about['machine']}\nRun folder: {folder}", flush=True)
@@ -215,7 +213,7 @@ def train(config: Config, folder: Path | None = None) -> Path:
             for epoch in range(len(history) + 1, config.epochs + 1):
                 print(f"Epoch {epoch}/{config.epochs}")
                 start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
-                loader.set_epoch(epoch - 1)  # which counts from 0
+                loader.epoch = epoch - 1  # counted from 0
                 loss, accuracy = train_one_epoch(wrapped_model, loader, criterion, optimizer, ema, amp)
                 speed = len(loader) * loader.batch_size / (time.perf_counter() - start)
                 scheduler.step()
@@ -223,7 +221,8 @@ def train(config: Config, folder: Path | None = None) -> Path:
                 scores = evaluate(ema.model, *validation) if config.validation_per_class and main_process else None
                 if scores:
                     print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
-                if not (ema.is_finite() and math.isfinite(loss) and (not scores or math.isfinite(scores.loss))):
+                weights_norm = nn.utils.get_total_norm(ema.averaged).item()
+                if not all(map(math.isfinite, (loss, weights_norm, *(scores or ())))):
                     raise UserError(
                         f"the loss or a weight is not finite in epoch {epoch} at learning rate {lr:g}. "
                         "Earlier checkpoints stay as they are. Try a lower lr"
@@ -241,12 +240,14 @@ def train(config: Config, folder: Path | None = None) -> Path:
                     "seconds": time.perf_counter() - start,
                 }
                 history.append(row)
-                if checkpoint.save_epoch(folder, about, history, stateful, ema.model.state_dict()):
+                if checkpoint.save_epoch(folder, about, history, stateful):
                     print("Saved Best Model")
                 print(f"Learning Rate: {lr:.6f}", flush=True)
-                for name, value in row.items() if writer else ():
-                    if value is not None:
-                        writer.add_scalar(name, value, epoch)
+                if writer:
+                    for name, value in row.items():
+                        if value is not None:
+                            writer.add_scalar(name, value, epoch)
+                    writer.flush()
         except KeyboardInterrupt:
             if main_process and (folder / "last.pth").exists():
                 finish(folder, config, history)
@@ -254,9 +255,6 @@ def train(config: Config, folder: Path | None = None) -> Path:
             else:
                 print("Stopped before an epoch was finished: start the run again", flush=True)
             raise
-        finally:
-            if writer:
-                writer.close()
         if main_process:
             finish(folder, config, history)
     return folder

@@ -165,19 +165,19 @@ def choose_device(name: str) -> torch.device:
 @contextmanager
 def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
     """Set the number of CPU threads (0 = torch's choice) and whether kernels are deterministic, until the end."""
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    before = torch.get_num_threads(), torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
     torch.set_flush_denormal(True)  # otherwise gradients near 0 slow a CPU down (docs/notes.md)
     torch.set_num_threads(threads or before[0])
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")
     torch.backends.cudnn.benchmark = not deterministic  # a run has one shape: cuDNN times its algorithms for it
     try:
         yield
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
+        torch.set_deterministic_debug_mode(before[1])
         torch.backends.cudnn.benchmark = before[2]
 
 

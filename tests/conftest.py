@@ -102,16 +102,18 @@ def other_code() -> Iterator[None]:
 
 @pytest.fixture
 def whole_files(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """The inodes of the files that were synced and then renamed: all that is written whole."""
+    """The inodes of the files that were synced with all their bytes and then renamed: all that is written whole."""
     synced, renamed, fsync, rename = set(), set(), os.fsync, os.replace
 
     def sync(descriptor: int) -> None:
         fsync(descriptor)
-        synced.add(os.fstat(descriptor).st_ino)
+        about = os.fstat(descriptor)
+        synced.add((about.st_ino, about.st_size))
 
     def replace_synced(source: Path, target: Path) -> None:
-        if (inode := os.stat(source).st_ino) in synced:
-            renamed.add(inode)
+        about = os.stat(source)
+        if (about.st_ino, about.st_size) in synced:
+            renamed.add(about.st_ino)
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", sync)

@@ -97,7 +97,7 @@ def test_trivial_augment_changes_its_fraction_of_the_images(images: Tensor) -> N
 
 def epoch_of(loader: Loader, epoch: int) -> tuple[Tensor, Tensor]:
     """An epoch's images and labels."""
-    loader.set_epoch(epoch)
+    loader.epoch = epoch
     images, labels = zip(*loader, strict=True)
     return torch.cat(images), torch.cat(labels)
 
@@ -132,7 +132,7 @@ def test_batches_on_a_cpu_are_those_of_the_recorded_runs(images: Tensor) -> None
     """Two batches of seed 0: order, crop and flip bit for bit; TrivialAugment as far as CPUs round alike."""
     for fraction in (0.0, 1.0):
         loader = Loader(Images(images, BY_NUMBER), replace(AUGMENTED, trivial_augment=fraction))
-        loader.set_epoch(1)
+        loader.epoch = 1
         views, labels = (torch.cat(part) for part in zip(*list(loader)[:2], strict=True))
         if fraction:
             assert (views.flatten() @ torch.linspace(-1, 1, views.numel())).item() == pytest.approx(-5171.08, rel=1e-4)

@@ -31,7 +31,7 @@ def second_loss(seed: int, device: torch.device, amp: bool = False, compiled: bo
     batches = [(x.to(device), y.to(device)) for x, y in Loader(load_training("synthetic", "", 3, 8)[0], config)]
     torch.manual_seed(seed)
     model = MobileNetV3().to(device, memory_format=torch.channels_last)
-    loader, ema = MagicMock(labels=batches[0][1], batch_size=64), train.EMA(model, 0.9)
+    loader, ema = MagicMock(batch_size=64), train.EMA(model, 0.9)
     loader.__len__.return_value, loader.__iter__.side_effect = len(batches), lambda: iter(batches)
     optimizer, criterion = train.build_optimizer(model, config), train.build_criterion(config, device)
     wrapped = torch.compile(model, dynamic=False, mode="reduce-overhead") if compiled else model

@@ -1,5 +1,6 @@
-"""The picture of a run."""
+"""The picture of a run, and runs compared with tools.curves: the table, the notes and the figure."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import checkpoint
+from config import Config
 from curves import draw_curves
+from tools import curves
 
 
 def history(epochs: int) -> checkpoint.History:
@@ -34,13 +37,40 @@ def test_each_column_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "a.png").stat().st_ino in whole_files
 
 
-def test_every_run_is_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that was not validated, and names that begin with _ or hold a $."""
+def write_run(folder: Path, config: Config | None, accuracies: list[float | None]) -> Path:
+    """A run folder of as many epochs as there are validation accuracies; without a config it has no last.pth."""
+    folder.mkdir()
+    rows = []
+    for epoch, value in enumerate(accuracies, start=1):
+        row = dict.fromkeys(checkpoint.COLUMNS, 1.0) | {"epoch": epoch, "train_accuracy": 50.0}
+        rows.append(row | {"validation_loss": value and 1.0, "validation_accuracy": value})
+    checkpoint.write_log(folder / "log.csv", rows)
+    if config:
+        checkpoint.save(folder / "last.pth", {"config": asdict(config)})
+    return folder
+
+
+def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one without last.pth, and names that begin with _, which a legend leaves out, or hold a $."""
     labels, legend = [], Figure.legend
     monkeypatch.setattr(
-        Figure, "legend", lambda self, *args, **more: labels.extend(args[1]) or legend(self, *args, **more)
+        Figure, "legend", lambda figure, h, names, **more: [labels.extend(names), legend(figure, h, names, **more)][1]
     )
-    unvalidated = [row | {"validation_loss": None, "validation_accuracy": None} for row in history(2)]
-    runs = {"_a": history(1), r"$\frac$": history(3), "c": unvalidated}
-    draw_curves(runs, tmp_path / "runs.png")
-    assert len(labels) == 3 and all(name in label for name, label in zip(runs, labels, strict=True))
+    default = Config(experiment="default")
+    a = write_run(tmp_path / "_a", default, [10.0, 30.0, 20.0])
+    b = write_run(tmp_path / "b", replace(default, epochs=default.epochs + 1), [None, None])
+    c = write_run(tmp_path / r"$\frac$", None, [40.0])
+    output = tmp_path / "new" / "curves.png"
+    assert curves.main([str(a), str(b), str(c), "--output", str(output)]) == 0
+    _, *rows, note_a, note_b, last = capsys.readouterr().out.splitlines()
+    assert rows[0].split() == ["_a", "3", "2", "30.00", "50.00", "20.00", "1"]
+    assert rows[1].split() == ["b", "2", "2", "-", "50.00", "-", "1"]
+    assert (note_a, note_b) == ("_a: default", f"b: default, epochs={default.epochs + 1}")
+    assert rows[2].split()[0] == c.name and str(output) in last
+    assert len(labels) == 3 and all(run.name in label for run, label in zip((a, b, c), labels, strict=True))
+
+
+def test_a_folder_without_a_log_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert curves.main([str(tmp_path), "--output", str(tmp_path / "curves.png")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "log.csv cannot be used" in line and not (tmp_path / "curves.png").exists()

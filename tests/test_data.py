@@ -72,16 +72,14 @@ def test_files_that_are_not_the_official_images_are_refused(extracted: Path, tmp
 
 
 def test_without_a_network_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A truncated archive is named, and what to do with it."""
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/nothing-listens-here")
     archive = tmp_path / CIFAR100.filename
-    for cure in (f"Put the official {archive.name} into {tmp_path}/", f"If {archive} is damaged, delete it"):
-        with pytest.raises(UserError) as caught:
-            data.load_training("cifar100", str(tmp_path), 50)
-        for text in (str(tmp_path / "cifar100.npz"), "127.0.0.1:9", cure, "--dataset synthetic"):
-            assert text in str(caught.value)
-        assert "\n" not in str(caught.value)
-        archive.write_bytes(b"truncated")
+    archive.write_bytes(b"truncated")
+    with pytest.raises(UserError) as caught:
+        data.load_training("cifar100", str(tmp_path), 50)
+    for text in (str(tmp_path / "cifar100.npz"), "127.0.0.1:9", f"archive at {archive}", "--dataset synthetic"):
+        assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def flip_a_bit(path: Path) -> None:
@@ -137,12 +135,3 @@ def test_split_is_balanced_disjoint_and_always_the_same() -> None:
     fewer, same = data.split(labels, 50, images_per_class=80)
     assert torch.equal(same, validation), "the validation images do not depend on how many are trained on"
     assert len(fewer) == 3000 and set(fewer.tolist()) <= set(train.tolist())
-
-
-def test_training_and_validation_images_are_the_splits(arrays: Arrays, tmp_path: Path) -> None:
-    """Each image with its label, none in both, and none of the test set."""
-    labels = torch.arange(100).repeat_interleave(3)
-    parts = data.load_training("cifar100", str(tmp_path), 1)
-    for part, index in zip(parts, data.split(labels, 1), strict=True):
-        assert np.array_equal(part.images.permute(0, 2, 3, 1), arrays["train_images"][index])
-        assert torch.equal(part.labels, labels[index])

@@ -3,7 +3,6 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -66,11 +65,8 @@ def test_the_program_prints_the_three_lines_last(tiny: Config, model: nn.Module,
     assert (result["accuracy"], result["top5"], result["flops"]) == (scores.top1, scores.top5, operations)
 
 
-@pytest.mark.parametrize("wrap", [lambda weights: weights, lambda weights: {"format": 2, "weights": weights}])
-def test_a_file_without_date_and_epoch_is_graded_on_cifar100(
-    tiny: Config, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, wrap: Any
-) -> None:
-    torch.save(wrap(model.state_dict()), tmp_path / "any.pth")
+def test_a_bare_state_dict_is_graded_on_cifar100(tiny: Config, model: nn.Module, tmp_path, monkeypatch, capsys) -> None:
+    torch.save(model.state_dict(), tmp_path / "any.pth")
     stand_in = {"cifar100": data.load_test("synthetic", "")}
     monkeypatch.setattr(evaluate, "load_test", lambda dataset, folder: stand_in[dataset])
     assert grade(tmp_path / "any.pth") == 0

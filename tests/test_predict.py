@@ -1,8 +1,6 @@
 """Predictions: images of every kind are read as they are meant, or refused in one line."""
 
-import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +93,6 @@ def test_five_classes_per_image_and_a_line_per_error(
     assert "none.png: No such file" in missing and "text.jpg: cannot identify image file" in text
 
 
-def test_a_notebook_can_call_it(source: Path, photo: Image.Image, tmp_path: Path, monkeypatch) -> None:
-    """There stdout cannot be reconfigured; a file name need not be UTF-8."""
-    monkeypatch.setattr(sys, "stdout", printed := io.StringIO())
-    path = saved(photo, tmp_path / "caf\udce9.png")
-    assert predict.main([str(path), "--checkpoint", str(source)]) == 0
-    assert "any.pth" in printed.getvalue() and len(printed.getvalue().splitlines()) == 7
-
-
 def test_no_nan_is_printed(model: nn.Module, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     weights = model.state_dict() | {"classifier.bias": torch.full((100,), torch.nan)}
     torch.save(weights, source := tmp_path / "nan.pth")
@@ -128,13 +118,9 @@ def test_images_are_cropped_to_the_centre_and_antialiased(tmp_path: Path) -> Non
         assert difference(pixels(saved(image, tmp_path / f"{name}.png")), WHITE) < 20
     checks = Image.fromarray((np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8))
     assert difference(pixels(saved(checks, tmp_path / "checks.png")), 127.5) < 2
-    for size in ((1, 1), (1, 3000), (3000, 1), (31, 33)):
-        assert difference(pixels(saved(Image.new("RGB", size, RED), tmp_path / "any.png")), RED) == 0
 
 
-def test_transparency_becomes_white(photo: Image.Image, tmp_path: Path) -> None:
-    clear = Image.new("RGBA", (50, 50), (*RED, 0))
-    assert difference(pixels(saved(clear, tmp_path / "clear.png")), WHITE) == 0
+def test_transparency_becomes_white(tmp_path: Path) -> None:
     half = Image.new("RGBA", (50, 50), (*RED, 128))
     assert difference(pixels(saved(half, tmp_path / "half.png")), (255, 127, 127)) <= 1
     grey = Image.new("LA", (50, 50), (0, 64))
@@ -155,17 +141,14 @@ def test_other_modes_look_the_same(photo: Image.Image, tmp_path: Path) -> None:
 def test_files_that_cannot_be_read_are_one_line(
     model: nn.Module, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut at several places, a folder, an empty file, 16 bits per channel, a decompression bomb."""
-    paths = [tmp_path, tmp_path / "empty.png", tmp_path / "deep.png"]
+    """A folder, an empty file, 16 bits per channel, half a file, a decompression bomb."""
+    paths = [tmp_path, tmp_path / "empty.png", tmp_path / "deep.png", tmp_path / "half.jpg"]
     paths[1].touch()
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(paths[2])
-    for suffix in ("png", "jpeg", "gif", "bmp", "tiff", "webp"):
-        content = saved(photo, tmp_path / f"whole.{suffix}").read_bytes()
-        for part in (0.02, 0.5):
-            paths.append(tmp_path / f"cut{part}.{suffix}")
-            paths[-1].write_bytes(content[: int(part * len(content))])
+    content = saved(photo, tmp_path / "whole.jpg").read_bytes()
+    paths[3].write_bytes(content[: len(content) // 2])
     for path in paths:
         error = predict.predict(model, NAMES, path)["error"]
         assert error.startswith(f"{path}: ") and "\n" not in error and len(error) > len(f"{path}: ") + 5
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert "exceeds limit" in predict.predict(model, NAMES, tmp_path / "whole.png")["error"]
+    assert "exceeds limit" in predict.predict(model, NAMES, tmp_path / "whole.jpg")["error"]

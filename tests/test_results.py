@@ -44,8 +44,8 @@ def change(run: Path, **settings: Any) -> None:
         checkpoint.save(run / name, content | {"config": content["config"] | settings})
 
 
-def record(run: Path, name: str = "mine") -> int:
-    return results.main([str(run), "--name", name, "--data_dir", str(run.parents[1] / "data")])
+def record(run: Path) -> int:
+    return results.main([str(run), "--name", "mine", "--data_dir", str(run.parents[1] / "data")])
 
 
 def test_a_run_is_graded_and_recorded_once(run: Path, docs: Path, capsys: pytest.CaptureFixture) -> None:
@@ -75,32 +75,22 @@ def test_a_run_is_graded_and_recorded_once(run: Path, docs: Path, capsys: pytest
     assert f"{content['test']['accuracy']:.2f} %" in (docs / "results.md").read_text().partition("| `mine` |")[2]
 
 
-def test_what_is_refused_leaves_nothing(
-    run: Path, docs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_what_is_refused_leaves_nothing(run: Path, docs: Path, capsys: pytest.CaptureFixture) -> None:
     before = sorted(docs.rglob("*"))
 
-    def refused(cure: str, name: str = "mine") -> None:
+    def refused(cure: str) -> None:
         capsys.readouterr()
-        assert record(run, name) == 1, cure
+        assert record(run) == 1, cure
         error = capsys.readouterr().err
         assert cure in error and error.count("\n") == 1
         assert sorted(docs.rglob("*")) == before
 
-    with pytest.raises(SystemExit):
-        record(run, "../mine")
-    refused("graded once", name="benchmark")
     change(run, epochs=3)
     refused("python train.py --resume")
     change(run, epochs=2, dataset="synthetic")
     refused("all images of CIFAR-100")
     change(run, dataset="cifar100", images_per_class=3)
     refused("all images of CIFAR-100")
-    change(run, images_per_class=0)
-    grade = evaluate.grade
-    monkeypatch.setattr(evaluate, "grade", lambda *args, **more: grade(*args, **more) | {"loss": float("nan")})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        record(run, "mine")
 
 
 def test_pages_follow_the_records(docs: Path, capsys: pytest.CaptureFixture) -> None:
@@ -115,23 +105,9 @@ def test_pages_follow_the_records(docs: Path, capsys: pytest.CaptureFixture) -> 
     assert results.main([]) == 0 and results.main(["--check"]) == 0
     assert "**71.00 %** ± 1.41 (mean and standard deviation of seeds 0, 1)" in results.README.read_text()
     assert (docs / "curves" / "default.png").exists()
-
-    for path, old, new in (
-        (docs / "logs" / "comparisons.csv", "1.7078,54.72", "1.7078,54.74"),
-        (docs / "results" / "taught.json", "74.31", "74.32"),
-        (docs / "results.md", "<!-- /runs -->", ""),
-    ):
-        text = path.read_text()
-        path.write_text(text.replace(old, new))
-        assert text != path.read_text()
-        capsys.readouterr()
-        assert results.main(["--check"]) == 1, old
-        assert capsys.readouterr().err.count("\n") == 1, old
-        path.write_text(text)
-
-
-def test_the_pages_are_up_to_date() -> None:
-    assert results.main(["--check"]) == 0
+    page = docs / "results.md"
+    page.write_text(page.read_text().replace("<!-- /runs -->", ""))
+    assert results.main(["--check"]) == 1 and "lacks the markers" in capsys.readouterr().err
 
 
 def test_records_agree_with_their_logs() -> None:

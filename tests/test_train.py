@@ -208,19 +208,17 @@ def test_a_run_prints_its_epochs_and_writes_its_files_whole(tiny: Config, whole_
     command = shlex.split(printed.splitlines()[-1].partition(": ")[2])
     assert command == ["python", "evaluate.py", "--checkpoint", str(folder / "best.pth")]
     assert [float(row["lr"]) for row in log_rows(folder)] == [0.01, 0.005, 0.0025], "the rate that the epoch used"
-    accuracies = [float(row["validation_accuracy"]) for row in log_rows(folder)]
-    assert checkpoint.load(folder / "best.pth")["epoch"] == 1 + accuracies.index(max(accuracies))
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert {path.stat().st_ino for path in folder.iterdir()} <= whole_files
 
 
 def test_only_a_better_top1_accuracy_replaces_the_best(tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    accuracies = iter([50.0, 50.0, 49.0])
+    accuracies = iter([49.0, 50.0, 50.0, 48.0])
     monkeypatch.setattr(train, "evaluate", lambda *_: evaluate.Scores(1.0, next(accuracies), 90.0))
-    folder = train.train(replace(tiny, epochs=3))
-    assert checkpoint.load(folder / "best.pth")["epoch"] == 1
-    assert [row["validation_accuracy"] for row in last(folder)["history"]] == [50.0, 50.0, 49.0]
-    assert capsys.readouterr().out.count("Saved Best Model") == 1
+    folder = train.train(replace(tiny, epochs=4))
+    assert checkpoint.load(folder / "best.pth")["epoch"] == 2
+    assert [row["validation_accuracy"] for row in last(folder)["history"]] == [49.0, 50.0, 50.0, 48.0]
+    assert capsys.readouterr().out.count("Saved Best Model") == 2
 
 
 def test_without_validation_the_last_epoch_is_the_best(tiny: Config, capsys: pytest.CaptureFixture) -> None:
@@ -285,27 +283,20 @@ def test_a_run_starts_from_weights_and_a_finished_one_stays_as_it_is(tiny: Confi
     assert (folder / "last.pth").read_bytes() == good
 
 
-NOT_FINITE = {  # where, in which call of an epoch, and what happens then
-    "training": (train, "means", 1, 1, lambda sums: (math.nan, 99.0)),
-    "validation": (train, "evaluate", 1, 1, lambda *_: evaluate.Scores(math.nan, 99.0, 99.0)),
-    "statistics": (train.EMA, "update", 12, 12, lambda ema: ema.averaged[4].fill_(math.inf)),
+NOT_FINITE = {  # where, in which call, in the second epoch, and what happens then
+    "training": (train, "means", 2, lambda sums: (math.nan, 99.0)),
+    "validation": (train, "evaluate", 2, lambda *_: evaluate.Scores(math.nan, 99.0, 99.0)),
+    "statistics": (train.EMA, "update", 24, lambda ema: ema.averaged[4].fill_(math.inf)),
 }
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("fault", NOT_FINITE.values(), ids=NOT_FINITE)
-def test_a_run_that_is_not_finite_stops_and_keeps_earlier_epochs(
-    tiny: Config, fault: Any, epoch: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    owner, name, calls, call, action = fault
-    in_call(monkeypatch, owner, name, calls * (epoch - 1) + call, action)
+def test_a_run_that_is_not_finite_stops_and_keeps_earlier_epochs(tiny: Config, fault: Any, monkeypatch, capsys) -> None:
+    in_call(monkeypatch, *fault)
     assert train.main(flags(replace(tiny, epochs=3, ema=0.9))) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"not finite in epoch {epoch} at learning rate" in line and "lower lr" in line
-    if epoch == 1:
-        assert list(run_of(tiny).iterdir()) == []
-    else:
-        assert checkpoint.load(run_of(tiny) / "best.pth")["epoch"] == last(run_of(tiny))["epoch"] == 1
+    assert "not finite in epoch 2 at learning rate" in line and "lower lr" in line
+    assert checkpoint.load(run_of(tiny) / "best.pth")["epoch"] == last(run_of(tiny))["epoch"] == 1
 
 
 @pytest.fixture
@@ -329,31 +320,21 @@ def test_the_best_of_a_run_replaces_checkpoints_best(real: Config, number: int, 
     assert checkpoint.BEST.stat().st_ino in whole_files
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"dataset": "synthetic", "validation_per_class": 195},
-        {"images_per_class": 2},
-        {"image_size": 64},
-        {"image_size": 64, "model": "test_convnext"},
-    ],
-    ids=["synthetic", "partial", "other size", "other network"],
-)
-def test_other_runs_never_replace_checkpoints_best(real: Config, settings: dict[str, Any]) -> None:
-    if "model" in settings:
-        pytest.importorskip("timm")
-    train.train(replace(real, epochs=1, **settings))
-    assert checkpoint.BEST.read_text() == "an earlier run's"
+def test_other_runs_never_replace_checkpoints_best(real: Config) -> None:
+    """Each differs from such a run in one setting."""
+    others = {"dataset": "synthetic", "images_per_class": 2, "image_size": 64, "model": "test_convnext"}
+    for name, value in others.items():
+        if name == "model":
+            pytest.importorskip("timm")
+        train.train(replace(real, epochs=1, batch_size=1_000, **{name: value}))
+        assert checkpoint.BEST.read_text() == "an earlier run's", name
 
 
-@pytest.mark.parametrize("kind", ["dangling link", "file"])
-def test_a_run_does_not_need_to_write_checkpoints(real: Config, kind: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_does_not_need_to_write_checkpoints(real: Config, capsys: pytest.CaptureFixture) -> None:
+    """As in a checkout that is read-only."""
     checkpoint.BEST.unlink()
     checkpoint.BEST.parent.rmdir()
-    if kind == "file":
-        checkpoint.BEST.parent.touch()
-    else:
-        checkpoint.BEST.parent.symlink_to("nowhere")
+    checkpoint.BEST.parent.touch()
     assert train.main(flags(real)) == 0
     assert last(run_of(real))["epoch"] == 2
     assert f"The best of this run is in {run_of(real)}" in capsys.readouterr().out
@@ -382,11 +363,9 @@ def test_a_path_that_is_not_utf8_works(tiny: Config, tmp_path: Path) -> None:
 
 
 def test_bad_input_is_one_line_before_any_run(tiny: Config, tmp_path: Path, monkeypatch, capsys) -> None:
-    torch.save({"a": torch.zeros(3)}, tmp_path / "short.pth")
     monkeypatch.setitem(sys.modules, "timm", None)
     for settings, reason in (
         ({"weights": str(tmp_path / "none.pth")}, "none.pth is not there"),
-        ({"weights": str(tmp_path / "short.pth")}, "holds no weights of this model: there is no stem.0.weight"),
         ({"device": "cuda:99"}, "Try --device cpu"),
         ({"validation_per_class": 200, "images_per_class": 0}, "Lower it"),
         ({"model": "any_network"}, "pip install -r requirements-tools.txt"),

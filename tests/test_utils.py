@@ -1,11 +1,8 @@
-"""Errors in one line, whole files, the device, and what programs leave behind in a process: nothing."""
+"""Errors in one line, the device, and what programs leave behind in a process: nothing."""
 
 import io
-import os
-import re
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,39 +45,6 @@ def test_a_program_prints_to_any_stdout_and_leaves_it_as_it_was(stdout: Any, mon
     if isinstance(given, io.TextIOWrapper):
         given.flush()
         assert (given.errors, given.buffer.getvalue()) == ("strict", b"\\xb1\n")
-
-
-def test_a_reader_sees_the_old_file_until_the_new_one_is_on_the_disk(tmp_path: Path, monkeypatch) -> None:
-    path, fsync, seen = tmp_path / "some.txt", os.fsync, []
-    path.write_bytes(b"old")
-
-    def sync(descriptor: int) -> None:
-        seen.append((path.read_bytes(), os.fstat(descriptor).st_size))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", sync)
-    utils.atomic_write(path, lambda file: file.write(b"newer"))
-    assert seen == [(b"old", 5)], "once, when all was written"
-    assert path.read_bytes() == b"newer"
-    (tmp_path / "plain").touch()
-    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "as the user's umask says"
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_write_that_fails_leaves_the_old_file(error: BaseException, tmp_path: Path) -> None:
-    path = tmp_path / "some.txt"
-    path.write_bytes(b"old")
-
-    def fail(file: io.BufferedWriter) -> None:
-        file.write(b"new")
-        raise error
-
-    with pytest.raises((KeyboardInterrupt, utils.UserError)) as caught:
-        utils.atomic_write(path, fail)
-    if isinstance(error, OSError):
-        assert re.fullmatch(r".*some\.txt cannot be written: No space left on device\. .+", str(caught.value))
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
 
 
 def test_a_device_that_cannot_compute_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,8 @@ class Timed:
     """
 
     def __init__(self, loader: Any, device: torch.device, warmup: int = 4, seconds: float = 4) -> None:
-        self.loader, self.batch_size, self.labels = loader, loader.batch_size, torch.zeros(1, device=device)
+        self.loader, self.batch_size = loader, loader.batch_size
+        self.on_device = torch.zeros(1, device=device)
         self.warmup, self.seconds, self.speed = warmup, seconds, 0.0
 
     def __len__(self) -> int:
@@ -101,13 +102,13 @@ class Timed:
         batches, count = chain.from_iterable(repeat(self.loader)), 0
         for _ in range(self.warmup):
             yield next(batches)
-        self.labels.item()  # waits for the device
+        self.on_device.item()  # waits for the device
         start = time.perf_counter()
         while time.perf_counter() - start < self.seconds:
             images, labels = next(batches)
             yield images, labels
             count += len(labels)
-        self.labels.item()
+        self.on_device.item()
         self.speed = count / (time.perf_counter() - start)
 
 
