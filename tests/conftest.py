@@ -112,6 +112,7 @@ def whole_files(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
     def replace_synced(source: Path, target: Path) -> None:
         about = os.stat(source)
+        renamed.discard(about.st_ino)  # of an earlier file, as numbers are used again
         if (about.st_ino, about.st_size) in synced:
             renamed.add(about.st_ino)
         rename(source, target)
