@@ -90,6 +90,7 @@ def test_int8_ranges_come_from_training_images(
     source: Path, tmp_path: Path, onnx_packages: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     test, seen = data.load_test("synthetic", ""), []
+    monkeypatch.setattr(export.Config, "validation_per_class", 50)  # whatever the default is
     monkeypatch.setattr(export, "to_int8", lambda content, images: [seen.append(images), content][1])
     export.export(tmp_path / "any.onnx", source, int8=True)
     test_images = {bytes(image) for image in export.nhwc(test.images).flatten(1).numpy()}
