@@ -170,14 +170,15 @@ def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
     torch.set_num_threads(threads or before[0])
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
-        torch.set_deterministic_debug_mode("error")
+        torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic  # a run has one shape: cuDNN times its algorithms for it
     try:
         yield
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before[0])
-        torch.set_deterministic_debug_mode(before[1])
+        if deterministic:
+            torch.use_deterministic_algorithms(before[1] > 0, warn_only=before[1] == 1)
         torch.backends.cudnn.benchmark = before[2]
 
 
