@@ -1,6 +1,5 @@
 """Write a checkpoint as one .onnx file, uint8 (N, 32, 32, 3) RGB to probabilities (N, 100), and check it."""
 
-import copy
 import io
 import json
 import logging
@@ -15,7 +14,6 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import data
 from config import Config, OneLineParser, add_data_dir
@@ -32,27 +30,17 @@ MIN_AGREEMENT = 60.0  # % of images whose top-1 class an int8 file must share wi
 
 
 class Deployed(nn.Module):
-    """A copy of a model with its preprocessing: uint8 (N, 32, 32, 3) to probabilities (N, 100)."""
+    """A model with its preprocessing: uint8 (N, 32, 32, 3) to probabilities (N, 100)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = fuse_batchnorm(model)
+        self.model = model
         for name, value in zip(("scale", "shift"), data.normalisation(torch.device("cpu")), strict=True):
             self.register_buffer(name, value[:, :, :1, :1].clone())
 
     def forward(self, images: Tensor) -> Tensor:
         planes = images.permute(0, 3, 1, 2).contiguous()
         return self.model(planes.float() * self.scale + self.shift).softmax(1)
-
-
-def fuse_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy of the model in eval mode, each batch normalisation fused into the convolution before it."""
-    model = copy.deepcopy(model).eval()
-    for layers in model.modules():
-        types = [type(layer) for layer in layers][:2] if isinstance(layers, nn.Sequential) else []
-        if types == [nn.Conv2d, nn.BatchNorm2d]:  # no subclass: timm's hold an activation
-            layers[0], layers[1] = fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
-    return model
 
 
 @contextmanager
@@ -69,7 +57,8 @@ def quiet() -> Iterator[None]:
 
 
 def to_onnx(model: nn.Module, properties: dict[str, str]) -> bytes:
-    """A deployed model as an ONNX file without external data, with properties as its metadata."""
+    """A deployed model as an ONNX file without external data, with properties as its metadata. torch's exporter fuses
+    each batch normalisation into the convolution before it."""
     from onnx.helper import set_model_props  # optional
 
     example = torch.zeros(2, data.SIDE, data.SIDE, 3, dtype=torch.uint8)  # a batch of 1 would become a constant

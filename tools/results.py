@@ -4,7 +4,6 @@ That writes docs/results/NAME.json, docs/logs/NAME.csv and docs/curves/NAME.png.
 markers in docs/results.md and README.md are made anew from those files.
 """
 
-import csv
 import json
 import re
 import statistics
@@ -88,7 +87,7 @@ def scores(accuracy: float | None, loss: float | None, **more: float) -> dict[st
 def read_records() -> dict[str, Record]:
     """The records that have test figures, by name, in the order of their dates. Raises UserError."""
     contents = [json.loads(path.read_text("utf-8")) for path in sorted((DOCS / "results").glob("*.json"))]
-    records = [content for content in contents if isinstance(content, dict) and content.get("test")]
+    records = [content for content in contents if content.get("test")]  # benchmark.json has none
     for record in records:
         record["history"] = checkpoint.read_log(DOCS / "logs" / f"{record['name']}.csv")
     return {record["name"]: record for record in sorted(records, key=lambda record: record["date"])}
@@ -124,22 +123,6 @@ def runs_table(records: list[Record]) -> str:
     return table(heads, rows) if rows else "No run is recorded yet."
 
 
-def comparisons_table(name: str) -> str:
-    """A row per run of docs/results/NAME.json: its validation accuracy in the last epoch that docs/logs/NAME.csv has of
-    it, and the points over its base. A second seed of RUN is called RUN-seed1 in the log."""
-    with (DOCS / "logs" / f"{name}.csv").open(encoding="utf-8") as file:
-        last = {row["run"]: float(row["validation_accuracy"]) for row in csv.DictReader(file)}
-    rows = []
-    for row in json.loads((DOCS / "results" / f"{name}.json").read_text("utf-8")):
-        run, base, flags = row["run"], row["base"], row["flags"]
-        pairs = [(run + seed, f"{base}{seed}") for seed in ("", "-seed1")]
-        points = [f"{last[new] - last[old]:+.2f}" for new, old in pairs if new in last and old in last]
-        accuracies = [percent(last[run]), percent(last.get(f"{run}-seed1"))]
-        compared = [f"`{base}`" if base else "", ", ".join(points), f"`{flags}`" if flags else ""]
-        rows.append([f"`{run}`", row["changed"], *accuracies, *compared])
-    return table(["run", "what changed", "seed 0", "seed 1", "compared with", "points", "flags"], rows)
-
-
 def seeds_text(records: list[Record]) -> str:
     """The test accuracy of runs that differ in their seed only."""
     if not records:
@@ -152,23 +135,11 @@ def seeds_text(records: list[Record]) -> str:
     return f"**{statistics.mean(figures):.2f} %** ± {deviation:.2f} (mean and standard deviation of seeds {seeds})"
 
 
-def fill(path: Path, tables: dict[str, str]) -> str:
-    """The text of a page with these tables between the markers of their names. Raises UserError."""
-    text = path.read_text("utf-8")
-    for name, lines in tables.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, opened, rest = text.partition(start)
-        _, closed, after = rest.partition(end)
-        if not (opened and closed):
-            raise UserError(f"{path} lacks the markers {start.strip()} and {end}. Put each on a line of its own")
-        text = f"{before}{start}{lines}\n{end}{after}"
-    return text
-
-
-def make_tables(records: dict[str, Record], default: list[Record]) -> dict[Path, dict[str, str]]:
-    """The tables of each page, by the names of their markers. Raises UserError."""
+def make_tables(records: dict[str, Record], default: list[Record]) -> dict[str, str]:
+    """The tables of both pages, by the names of their markers."""
     published = records[PUBLISHED]
     experiments = [records[name] for name in EXPERIMENTS if name in records]
+    others = [run for run in records.values() if run not in default + experiments]
     results = [
         ["test accuracy after `python train.py`, AdamW with StepLR", seeds_text(default)],
         *[["time of such a run", f"{hours(run):.1f} hours on {run['machine']}"] for run in default[:1]],
@@ -176,29 +147,29 @@ def make_tables(records: dict[str, Record], default: list[Record]) -> dict[Path,
         ["multiply-adds", f"{published['cost']['operations']:,}"],
         ["parameter size", f"{published['cost']['size_kb']:.3f} kB"],
     ]
-    tables = {
-        "default": runs_table(default),
+    return {
+        "results": table(["what", "figure"], results),
+        "default": f"{runs_table(default)}\n\nTest: {seeds_text(default)}.",
         "experiments": runs_table(experiments),
-        "runs": runs_table([run for run in records.values() if run not in default + experiments]),
+        "runs": runs_table(others),
     }
-    if default:
-        tables["default"] += f"\n\nTest: {seeds_text(default)}.\n\n![loss and accuracy over epochs](curves/default.png)"
-    for name in ("recipe", "comparisons", "distillation"):
-        if (DOCS / "logs" / f"{name}.csv").exists():
-            tables[name] = comparisons_table(name)
-    return {README: {"results": table(["what", "figure"], results)}, DOCS / "results.md": tables}
 
 
 def write_pages(check: bool) -> None:
-    """Write the tables of both pages, and docs/curves/default.png. With `check` only compare. Raises UserError."""
+    """Write the tables between <!-- NAME --> and <!-- /NAME --> of both pages, and docs/curves/default.png. With
+    `check` only compare. Raises UserError."""
     records = read_records()
     default = [records[name] for name in sorted(records) if re.fullmatch(r"default-\d+", name)]
-    pages = {path: fill(path, tables) for path, tables in make_tables(records, default).items()}
-    changed = [path for path, text in pages.items() if path.read_text("utf-8") != text]
-    if check and changed:
-        raise UserError(f"not up to date: {', '.join(map(str, changed))}. Run: python -m tools.results")
-    for path in changed:
-        atomic_write(path, lambda file, path=path: file.write(pages[path].encode()))
+    tables = make_tables(records, default)
+    for path in (README, DOCS / "results.md"):
+        old = path.read_text("utf-8")
+        new = re.sub(
+            r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", old, flags=re.DOTALL
+        )
+        if check and new != old:
+            raise UserError(f"{path} is not up to date. Run: python -m tools.results")
+        if not check:
+            atomic_write(path, lambda file, new=new: file.write(new.encode()))
     if default and not check:
         draw_curves({run["name"]: run["history"] for run in default}, DOCS / "curves" / "default.png")
 
