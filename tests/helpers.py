@@ -1,6 +1,5 @@
 """What several tests share: explicit settings, a small network, small checkpoints, hostile content."""
 
-import csv
 import hashlib
 import signal
 from collections.abc import Callable
@@ -99,11 +98,10 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
-def log_rows(folder: Path) -> list[dict[str, str]]:
+def log_rows(folder: Path) -> checkpoint.History:
     """The rows of a run's log.csv without the columns of time."""
-    with (folder / "log.csv").open() as file:
-        timing = ("seconds", "images_per_second")
-        return [{name: cell for name, cell in row.items() if name not in timing} for row in csv.DictReader(file)]
+    rows = checkpoint.read_log(folder / "log.csv")
+    return [{name: row[name] for name in checkpoint.COLUMNS[:-2]} for row in rows]
 
 
 def in_call(monkeypatch: Any, owner: Any, name: str, number: int, action: Callable[..., Any]) -> None:

@@ -102,4 +102,4 @@ def test_two_processes_train_what_one_trains(config: Config, tmp_path: Path) -> 
     averages = [states(folder)["ema"]["model"] for folder in folders]
     assert differ(*averages) < 1e-4 * differ(averages[0], start)
     for row, other in zip(log_rows(one), log_rows(two), strict=True):
-        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-5)
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
