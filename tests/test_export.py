@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import warnings
 from pathlib import Path
 
@@ -121,11 +120,3 @@ def test_an_int8_file_is_graded_and_a_bad_one_refused() -> None:
     assert export.compare(file(30), file(10), test) == expected
     with pytest.raises(UserError, match=r"not written.* 59\.0 %"):
         export.compare(file(41), file(0), test)
-
-
-def test_a_missing_package_is_one_line(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    assert export.main([str(tmp_path / "any.onnx"), "--checkpoint", str(source)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "onnx" in line and line.endswith("pip install -r requirements-tools.txt")
-    assert list(tmp_path.iterdir()) == []

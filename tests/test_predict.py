@@ -132,12 +132,6 @@ def test_transparency_becomes_white(tmp_path: Path) -> None:
     assert difference(result[:, :12], RED) <= 1 and difference(result[:, 20:], WHITE) <= 1
 
 
-def test_other_modes_look_the_same(photo: Image.Image, tmp_path: Path) -> None:
-    for mode, suffix in (("L", "png"), ("P", "png"), ("1", "png"), ("CMYK", "tif")):
-        plain = pixels(saved(photo.convert(mode).convert("RGB"), tmp_path / "plain.png"))
-        assert difference(pixels(saved(photo.convert(mode), tmp_path / f"other.{suffix}")), plain) <= 1
-
-
 def test_files_that_cannot_be_read_are_one_line(
     model: nn.Module, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
