@@ -18,34 +18,22 @@ TEACHER_SEED_OFFSET = 1_000_001  # above any seed: a run with a teacher draws vi
 CUDA_CHUNK = 64  # batches augmented at once: the launches of TrivialAugment's kernels then cost next to nothing
 
 
-def pixel_table(images: Tensor) -> Tensor:
-    """uint8 (N, 3, 32, 32) as a table of pixels (N * 32 * 32, 3)."""
-    return images.permute(0, 2, 3, 1).reshape(-1, 3)
-
-
 def crop_and_flip(table: Tensor, index: Tensor, padding: int, flip: bool, generator: Generator) -> Tensor:
-    """The images of a pixel table at `index` (N,), each padded by reflection, cropped to 32x32 at random and mirrored
-    or not.
+    """The images of a table of pixels (images * 32 * 32, 3) at `index` (N,), each padded by reflection, cropped to
+    32x32 at random and mirrored or not.
 
     Returns uint8 (N, 3, 32, 32), channels_last. Padding, crop and flip only decide which pixels are read: one pass
     over the batch instead of four.
     """
     index = index.int()  # 32 bits suffice for two million images and are half as much to move
     shifts = torch.randint(-padding, padding + 1, (2, len(index), 1), device=index.device, generator=generator).int()
-    side = torch.arange(SIDE, dtype=torch.int32, device=index.device)
-    rows, columns = side + shifts[0], side + shifts[1]  # (N, 32), counted in the image's own pixels
+    positions = shifts + torch.arange(SIDE, dtype=torch.int32, device=index.device)  # (2, N, 32)
+    rows, columns = SIDE - 1 - (SIDE - 1 - positions.abs()).abs()  # reflected at the border pixels
     if flip:
         mirrored = torch.rand(len(index), 1, device=index.device, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
-    rows, columns = reflect_index(rows), reflect_index(columns)
     pixels = (index[:, None] * SIDE**2 + rows * SIDE)[:, :, None] + columns[:, None, :]
     return table.index_select(0, pixels.flatten()).view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
-
-
-def reflect_index(index: Tensor) -> Tensor:
-    """Indices outside of 0..31 reflected at the border pixels."""
-    index = index.abs()
-    return torch.where(index < SIDE, index, 2 * (SIDE - 1) - index)
 
 
 def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Tensor:
@@ -67,24 +55,20 @@ def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Te
     return torch.cat([*changed, images[count:]])
 
 
-def affine(images: Tensor, amount: Tensor, row: int, column: int) -> Tensor:
-    """Warp by the 2 x 3 identity with amount (N, 1, 1, 1) added at one place; its unit is half an image's side."""
+def warp(images: Tensor, values: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Bilinear samples, black outside, at positions moved by the 2 x 3 identity with other values (N, 1, 1, 1) at some
+    places. The unit is half an image's side."""
     matrices = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
-    matrices[:, row, column] += amount.flatten()
-    return sample(images, matrices)
-
-
-def sample(images: Tensor, matrices: Tensor) -> Tensor:
-    """Bilinear samples at affinely moved positions, matrices (N, 2, 3); black outside."""
+    for (row, column), value in values.items():
+        matrices[:, row, column] = value.flatten()
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
 def rotate(images: Tensor, level: Tensor) -> Tensor:
     """Turn by up to 30 degrees."""
-    angle = math.radians(30) * level.flatten()
-    cosine, sine, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    return sample(images, torch.stack([cosine, -sine, zero, sine, cosine, zero], 1).view(-1, 2, 3))
+    cosine, sine = (math.radians(30) * level).cos(), (math.radians(30) * level).sin()
+    return warp(images, {(0, 0): cosine, (0, 1): -sine, (1, 0): sine, (1, 1): cosine})
 
 
 def grey(images: Tensor) -> Tensor:
@@ -130,10 +114,10 @@ def equalize(images: Tensor, level: Tensor) -> Tensor:
 # By name. Each takes float images (N, 3, H, W) of 0..255 and its strength, level (N, 1, 1, 1) from -1 to 1.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda images, level: images,
-    "shear_x": lambda images, level: affine(images, 0.3 * level, 0, 1),
-    "shear_y": lambda images, level: affine(images, 0.3 * level, 1, 0),
-    "translate_x": lambda images, level: affine(images, 0.6 * level, 0, 2),  # up to 10 pixels of 32
-    "translate_y": lambda images, level: affine(images, 0.6 * level, 1, 2),
+    "shear_x": lambda images, level: warp(images, {(0, 1): 0.3 * level}),
+    "shear_y": lambda images, level: warp(images, {(1, 0): 0.3 * level}),
+    "translate_x": lambda images, level: warp(images, {(0, 2): 0.6 * level}),  # up to 10 pixels of 32
+    "translate_y": lambda images, level: warp(images, {(1, 2): 0.6 * level}),
     "rotate": rotate,
     "brightness": lambda images, level: images * (1 + 0.9 * level),
     "saturation": lambda images, level: blend(grey(images), images, level),
@@ -156,7 +140,8 @@ class Loader:
 
     def __init__(self, train_set: Images, config: Config, rank: int = 0, world_size: int = 1) -> None:
         self.config = config
-        self.pixels, self.labels = pixel_table(train_set.images), train_set.labels
+        self.pixels = train_set.images.permute(0, 2, 3, 1).reshape(-1, 3)
+        self.labels = train_set.labels
         self.epoch = 0  # that the next iteration gives
         self.batch_size = min(config.batch_size, len(self.labels))
         self.chunk = CUDA_CHUNK if self.labels.is_cuda else 1  # batches augmented at once

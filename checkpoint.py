@@ -132,6 +132,9 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(f"{path} cannot be used: {error}. Give another file") from error
     model = build_model(config["model"], image_size=config["image_size"])
     load_weights(model, content, path)
+    values = [value for value in model.state_dict().values() if value.is_floating_point()]
+    if not nn.utils.get_total_norm(values).isfinite():
+        raise UserError(f"{path} cannot be used: its weights are not finite. Give another file")
     return model.eval(), content | {"config": config}
 
 

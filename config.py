@@ -1,27 +1,17 @@
 """Every setting of a run: edit a default here, or give it as a flag (`python train.py --epochs 20`)."""
 
 import argparse
-import math
 import re
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    min: float = -math.inf,
-    max: float = math.inf,
-    choices: tuple[str, ...] = (),
-    pattern: str = "",
-    path: bool = False,
-) -> Any:
-    """A dataclass field: its default, its meaning, and the values that it allows."""
-    metadata = {"help": help, "min": min, "max": max, "choices": choices, "pattern": pattern, "path": path}
-    return field(default=default, metadata=metadata)
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field: its default, its meaning, and what limits its values: min and max, choices or pattern; path
+    marks a file or folder."""
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,18 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            check_value(f, getattr(self, f.name))
+            value, limits = getattr(self, f.name), f.metadata
+            allowed = (int, float) if f.type is float else f.type
+            if not isinstance(value, allowed) or (isinstance(value, bool) and f.type is not bool):
+                raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
+            if "min" in limits and not limits["min"] <= value <= limits["max"]:  # false for NaN
+                raise ValueError(f"{f.name} must be between {limits['min']:g} and {limits['max']:g}, not {value}")
+            if "choices" in limits and value not in limits["choices"]:
+                raise ValueError(f"{f.name} must be one of {', '.join(limits['choices'])}, not {value!r}")
+            if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
+                raise ValueError(f"{f.name} {value!r} does not match: {limits['help']}")
+            if "path" in limits and not value:
+                raise ValueError(f"{f.name} must not be empty")
         if 0 < self.images_per_class <= self.validation_per_class:
             raise ValueError(
                 f"images_per_class {self.images_per_class} must be above validation_per_class "
@@ -88,22 +89,6 @@ class Config:
             raise ValueError("pretrained needs a timm model: there are no ImageNet weights of mobilenetv3")
         if self.compile and self.device == "mps":
             raise ValueError("compile does not work on mps yet")
-
-
-def check_value(f: Field, value: Any) -> None:
-    """Raise ValueError unless `value` suits the field's type, range, choices and pattern."""
-    allowed = (int, float) if f.type is float else f.type
-    if not isinstance(value, allowed) or (isinstance(value, bool) and f.type is not bool):
-        raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
-    limits = f.metadata
-    if f.type in (int, float) and not limits["min"] <= value <= limits["max"]:  # false for NaN
-        raise ValueError(f"{f.name} must be between {limits['min']:g} and {limits['max']:g}, not {value}")
-    if limits["choices"] and value not in limits["choices"]:
-        raise ValueError(f"{f.name} must be one of {', '.join(limits['choices'])}, not {value!r}")
-    if limits["pattern"] and not re.fullmatch(limits["pattern"], value):
-        raise ValueError(f"{f.name} {value!r} does not match: {limits['help']}")
-    if f.type is str and not value:
-        raise ValueError(f"{f.name} must not be empty")
 
 
 # A recipe without any technique, and so the base of presets that no edit of a default may change.
@@ -175,10 +160,10 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
         options = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} [{f.default}]"}
         if f.type is bool:
             options |= {"action": argparse.BooleanOptionalAction}
-        elif choices := tuple(PRESETS) if f.name == "experiment" else f.metadata["choices"]:
+        elif choices := tuple(PRESETS) if f.name == "experiment" else f.metadata.get("choices"):
             options |= {"choices": choices}
         else:
-            options |= {"type": absolute if f.metadata["path"] else f.type, "metavar": f.type.__name__.upper()}
+            options |= {"type": absolute if "path" in f.metadata else f.type, "metavar": f.type.__name__.upper()}
         parser.add_argument(f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
     if folder := given.pop("resume"):

@@ -4,8 +4,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 import checkpoint
 from config import Config, OneLineParser, add_data_dir
 from data import SIDE, load_test, normalise
-from utils import choose_device, keep_freed_memory, program, shown
+from utils import choose_device, program, shown
 
 
 class Scores(NamedTuple):
@@ -36,28 +35,17 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> Scores:
     return Scores(loss.item(), *accuracies.tolist())
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute CUDA's float32 convolutions and matrix products in float32, and not in TF32."""
-    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = convolutions.fp32_precision, products.fp32_precision
-    convolutions.fp32_precision = products.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision, products.fp32_precision = before
-
-
 @torch.inference_mode()
 def predict_logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits (N, 100) for uint8 (N, 3, 32, 32) on the model's device: in eval mode, in float32 without TF32."""
     batch_size = 100 if images.device.type == "cpu" else 500  # more would not fit on a GPU if a model enlarges images
-    was_training = model.training
-    model.eval()
-    with full_precision():
-        logits = torch.cat([model(normalise(batch)) for batch in images.split(batch_size)])
-    model.train(was_training)
-    return logits
+    with ExitStack() as undo:
+        undo.callback(model.train, model.training)
+        model.eval()
+        for part in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):  # TF32 on a GPU would round to 10 bits
+            undo.callback(setattr, part, "fp32_precision", part.fp32_precision)
+            part.fp32_precision = "ieee"
+        return torch.cat([model(normalise(batch)) for batch in images.split(batch_size)])
 
 
 def count_cost(model: nn.Module) -> tuple[int, float]:
@@ -122,17 +110,15 @@ def format_grade(result: dict[str, Any]) -> str:
 
 
 @program("evaluate.py")
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     parser.add_argument("--device", default=Config.device, help="auto, cpu, cuda, cuda:N or mps [%(default)s]")
     add_data_dir(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     arguments = parser.parse_args(argv)
-    keep_freed_memory()
     result = grade(arguments.checkpoint or default_checkpoint(), arguments.device, arguments.data_dir)
     print(json.dumps(result) if arguments.json else format_grade(result))
-    return 0
 
 
 if __name__ == "__main__":

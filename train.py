@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> lr_sche
         step = config.lr_step or math.ceil(config.epochs / 3)
         decay = lr_scheduler.StepLR(optimizer, step_size=step, gamma=config.lr_gamma)
     warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
-    if not warmup_epochs:
-        return decay
     warmup = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup_epochs + 1), total_iters=warmup_epochs)
     return lr_scheduler.ChainedScheduler([warmup, decay])
 
@@ -109,18 +107,6 @@ def means(sums: Tensor) -> tuple[float, float]:
     return loss, 100 * accuracy
 
 
-def progress_bar(loader: Loader, sums: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches, under a bar with the loss and accuracy so far: on a terminal, by the first process."""
-    total = len(loader) * loader.batch_size
-    disable = True if utils.rank() else None  # None: unless on a terminal
-    with tqdm(total=total, unit=" images", disable=disable, leave=False, mininterval=0.5) as bar:
-        for images, labels in loader:
-            yield images, labels
-            if bar.update(loader.batch_size):  # the bar was drawn: twice a second, as reading waits for the device
-                loss, accuracy = means(sums)
-                bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}%", refresh=False)
-
-
 def train_one_epoch(
     model: nn.Module, loader: Loader, criterion: Criterion, optimizer: torch.optim.Optimizer, ema: EMA, amp: bool
 ) -> tuple[float, float]:
@@ -128,15 +114,20 @@ def train_one_epoch(
     device = next(model.parameters()).device
     sums = torch.zeros(3, device=device)
     model.train()
-    for images, labels in progress_bar(loader, sums):
-        optimizer.zero_grad()  # before the forward pass: so a run takes 70 MiB less on a CPU
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(images)
-            loss = criterion(images, logits, labels)
-        loss.backward()
-        optimizer.step()
-        ema.update()
-        sums += batch_sums(loss, logits, labels)  # in place, as the bar reads them
+    hidden = utils.rank() > 0 or None  # None: unless on a terminal
+    total = len(loader) * loader.batch_size
+    with tqdm(total=total, unit=" images", disable=hidden, leave=False, mininterval=0.5) as bar:
+        for images, labels in loader:
+            optimizer.zero_grad()  # before the forward pass: so a run takes 70 MiB less on a CPU
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                logits = model(images)
+                loss = criterion(images, logits, labels)
+            loss.backward()
+            optimizer.step()
+            ema.update()
+            sums += batch_sums(loss, logits, labels)
+            if bar.update(loader.batch_size):  # the bar was drawn: twice a second, as reading waits for the device
+                bar.set_postfix_str("loss {:.4f}, accuracy {:.2f}%".format(*means(sums)), refresh=False)
     if utils.world_size() > 1:
         torch.distributed.all_reduce(sums)
     return means(sums)
@@ -158,13 +149,14 @@ def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
             print(f"{utils.shown(checkpoint.BEST)}, which pytest grades, is now the best of this run")
         except UserError as error:  # as in a checkout that is read-only
             print(f"{error}. The best of this run is in {folder}")
+    print(f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}")
 
 
-def train(config: Config, folder: Path | None = None) -> Path:
+def train(config: Config, folder: Path | None = None) -> Path | None:
     """Train a new run, or resume the one in `folder`. Returns the run's folder. Raises UserError.
 
     On Ctrl-C and SIGTERM it says how to resume and raises KeyboardInterrupt: the epoch under way is repeated then.
-    torchrun's processes all call this; the first one validates, prints and writes the files.
+    torchrun's processes all call this; the first one validates, prints, writes the files and knows the folder.
     """
     device = utils.choose_device(config.device)
     main_process = utils.rank() == 0
@@ -198,8 +190,8 @@ def train(config: Config, folder: Path | None = None) -> Path:
         if config.compile:
             graphs = device.type == "cuda" and utils.world_size() == 1  # under DDP batch norm makes torch skip them
             wrapped_model = torch.compile(wrapped_model, dynamic=False, mode="reduce-overhead" if graphs else None)
-        if not resumed:
-            folder = utils.broadcast(checkpoint.new_run(config) if main_process else None)
+        if main_process and not resumed:
+            folder = checkpoint.new_run(config)
         writer = None
         if config.tensorboard and main_process:
             from torch.utils.tensorboard import SummaryWriter  # optional
@@ -261,17 +253,14 @@ def train(config: Config, folder: Path | None = None) -> Path:
 
 
 @utils.program("train.py")
-def main(argv: list[str] | None = None) -> int:
-    """Train or resume. Returns the exit code."""
+def main(argv: list[str] | None = None) -> None:
+    """Train or resume."""
     config, folder, given = parse_command_line(argv)
     if folder:
         folder = folder.parent if folder.name == "last.pth" else folder
         config = checkpoint.resumed_config(folder, given)
-    utils.keep_freed_memory()
     with utils.process_group(config.device):
-        folder = train(config, folder)
-        print(f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}")
-    return 0
+        train(config, folder)
 
 
 if __name__ == "__main__":

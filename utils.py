@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,19 +25,21 @@ class UserError(Exception):
     """Something that the user can fix. The message is one line: what is wrong, and what to do."""
 
 
-def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate a `main` that returns an exit code: an error of the user's, of the system or of a missing package prints
-    one line on stderr and returns 1, Ctrl-C and SIGTERM return 130. What the terminal's encoding lacks is escaped."""
+def program(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
+    """Decorate a `main`, so that it returns an exit code: an error of the user's, of the system or of a missing package
+    prints one line on stderr and returns 1, Ctrl-C and SIGTERM return 130. What the terminal's encoding lacks is
+    escaped."""
 
-    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+    def decorate(main: Callable[..., int | None]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
             stdout = sys.stdout
             if escapes := isinstance(stdout, io.TextIOWrapper):  # in a notebook it is not
                 errors = stdout.errors
                 stdout.reconfigure(errors="backslashreplace")
+            keep_freed_memory()
             try:
-                return main(argv)
+                return main(argv) or 0
             except (UserError, OSError, ModuleNotFoundError) as error:
                 cure = ". Run: pip install -r requirements-tools.txt" * isinstance(error, ModuleNotFoundError)
                 print(f"{name}: error: {error}{cure}", file=sys.stderr)
@@ -57,16 +59,11 @@ def program(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 def signals_interrupt() -> Iterator[None]:
     """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, and Ctrl-C too if a shell has started the process in the
     background. Only the main thread can; in another one nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
+    with ExitStack() as undo:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                undo.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def one_line(error: Exception) -> str:
@@ -109,22 +106,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def broadcast(value: Any) -> Any:
-    """The first process's value, in all of them, which wait for it."""
-    values = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 @contextmanager
 def first_process_first() -> Iterator[None]:
     """Let the first process do something alone, such as a download, before the others do it."""
     if rank() > 0:
-        broadcast(None)
+        dist.barrier()
     yield
-    if rank() == 0:
-        broadcast(None)
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
 
 
 @contextmanager
@@ -165,21 +154,19 @@ def choose_device(name: str) -> torch.device:
 @contextmanager
 def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
     """Set the number of CPU threads (0 = torch's choice) and whether kernels are deterministic, until the end."""
-    before = torch.get_num_threads(), torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
-    torch.set_flush_denormal(True)  # otherwise gradients near 0 slow a CPU down (docs/notes.md)
-    torch.set_num_threads(threads or before[0])
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not deterministic  # a run has one shape: cuDNN times its algorithms for it
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-        torch.set_num_threads(before[0])
+    with ExitStack() as undo:
+        undo.callback(torch.set_flush_denormal, False)
+        torch.set_flush_denormal(True)  # otherwise gradients near 0 slow a CPU down (docs/notes.md)
+        undo.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads or torch.get_num_threads())
+        undo.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+        torch.backends.cudnn.benchmark = not deterministic  # a run has one shape: cuDNN times its algorithms for it
         if deterministic:
-            torch.use_deterministic_algorithms(before[1] > 0, warn_only=before[1] == 1)
-        torch.backends.cudnn.benchmark = before[2]
+            mode = torch.get_deterministic_debug_mode()
+            undo.callback(torch.use_deterministic_algorithms, mode > 0, warn_only=mode == 1)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
+            torch.use_deterministic_algorithms(True)
+        yield
 
 
 def provenance(device: torch.device) -> dict[str, str | None]:

@@ -27,7 +27,7 @@ BY_NUMBER = torch.arange(100)  # labels that tell the images apart
 @pytest.mark.parametrize("flip", [False, True])
 def test_crop_and_flip_against_numpy(images: Tensor, flip: bool) -> None:
     index, generator = torch.randperm(100, generator=seeded(1)), seeded()
-    result = augment.crop_and_flip(augment.pixel_table(images), index, 4, flip, seeded())
+    result = augment.crop_and_flip(images.permute(0, 2, 3, 1).reshape(-1, 3), index, 4, flip, seeded())
     rows, columns = (torch.randint(-4, 5, (2, 100, 1), generator=generator) + 4).flatten(1).tolist()
     mirrored = (torch.rand(100, generator=generator) < 0.5).tolist()
     for i, cropped, row, column, mirror in zip(index, result.numpy(), rows, columns, mirrored, strict=True):

@@ -63,11 +63,11 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture, monkey
     output = tmp_path / "new" / "curves.png"
     assert curves.main([str(a), str(b), str(c), "--output", str(output)]) == 0
     _, *rows, note_a, note_b, last = capsys.readouterr().out.splitlines()
-    assert rows[0].split() == ["_a", "3", "2", "30.00", "50.00", "20.00", "1"]
-    assert rows[1].split() == ["b", "2", "2", "-", "50.00", "-", "1"]
-    assert (note_a, note_b) == ("_a: default", f"b: default, epochs={default.epochs + 1}")
-    assert rows[2].split()[0] == c.name and str(output) in last
-    assert len(labels) == 3 and all(run.name in label for run, label in zip((a, b, c), labels, strict=True))
+    assert rows[0].split() == [str(a), "3", "2", "30.00", "50.00", "20.00", "1"]
+    assert rows[1].split() == [str(b), "2", "2", "-", "50.00", "-", "1"]
+    assert (note_a, note_b) == (f"{a}: default", f"{b}: default, epochs={default.epochs + 1}")
+    assert rows[2].split()[0] == str(c) and str(output) in last
+    assert len(labels) == 3 and all(str(run) in label for run, label in zip((a, b, c), labels, strict=True))
 
 
 def test_a_folder_without_a_log_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import data
+from evaluate import predict_logits
 from tests.helpers import random_model, write_checkpoint
 from tools import export
-from tools.labels import class_names
-from tools.predict import probabilities
+from tools.labels import NAMES
 from utils import UserError
 
 
@@ -51,7 +51,7 @@ def test_onnx_gives_the_checkpoints_probabilities(
     onnx.checker.check_model(graph, full_check=True)
     assert "BatchNormalization" not in {node.op_type for node in graph.graph.node}
     properties = {row.key: row.value for row in graph.metadata_props}
-    assert json.loads(properties["labels"]) == list(class_names("synthetic"))
+    assert json.loads(properties["labels"]) == list(NAMES)
     assert (properties["date"], properties["dataset"]) == ("2026-01-01", "synthetic")
     assert str(Path(export.__file__).parent).encode() not in path.read_bytes()  # no folder of this machine
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -59,7 +59,8 @@ def test_onnx_gives_the_checkpoints_probabilities(
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [32, 32, 3])
     assert isinstance(given.shape[0], str)  # any number of images
     (result,) = session.run(["probabilities"], {"images": export.nhwc(images[:7]).numpy()})
-    torch.testing.assert_close(torch.from_numpy(result), probabilities(model, images[:7]), atol=1e-5, rtol=0)
+    expected = predict_logits(model, images[:7]).softmax(1)
+    torch.testing.assert_close(torch.from_numpy(result), expected, atol=1e-5, rtol=0)
     assert list(path.parent.iterdir()) == [path]  # no external data
 
 
@@ -100,7 +101,7 @@ def test_int8_ranges_come_from_training_images(
 def test_check_finds_small_differences(model: nn.Module) -> None:
     """Also of one batch size alone, and NaN."""
     inputs = data.synthetic(2, seed=5).images
-    expected = probabilities(model, inputs)
+    expected = predict_logits(model, inputs).softmax(1)
     changed = expected.clone()
     changed[150, 7] += 2e-4
     for given in (changed, expected * torch.nan):

@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from checkpoint import History, best_row, read_log, resumed_config
@@ -25,29 +26,20 @@ def table(runs: dict[str, History]) -> str:
     return "\n".join(lines)
 
 
-def note(name: str, folder: Path) -> list[str]:
-    """The settings of a run in a line; none if it has no last.pth that this version of the program can read."""
-    try:
-        return [f"{name}: {describe(resumed_config(folder, {}))}"]
-    except UserError:
-        return []
-
-
 @program("tools.curves")
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m tools.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write [%(default)s]")
     arguments = parser.parse_args(argv)
-    names = [folder.resolve().name for folder in arguments.runs]
-    names = names if len(set(names)) == len(names) else [str(folder) for folder in arguments.runs]
-    folders = dict(zip(names, arguments.runs, strict=True))
-    runs = {name: read_log(folder / "log.csv") for name, folder in folders.items()}
+    runs = {str(folder): read_log(folder / "log.csv") for folder in arguments.runs}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     draw_curves(runs, arguments.output)
-    notes = [line for name, folder in folders.items() for line in note(name, folder)]
-    print(table(runs), *notes, f"Drawn to {arguments.output}", sep="\n")
-    return 0
+    print(table(runs))
+    for folder in arguments.runs:
+        with suppress(UserError):  # it has no last.pth that this version of the program can read
+            print(f"{folder}: {describe(resumed_config(folder, {}))}")
+    print(f"Drawn to {arguments.output}")
 
 
 if __name__ == "__main__":

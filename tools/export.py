@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import data
 from config import Config, OneLineParser, add_data_dir
-from evaluate import default_checkpoint
-from tools.predict import describe_checkpoint, open_checkpoint, probabilities
+from evaluate import default_checkpoint, predict_logits
+from tools.labels import NAMES
+from tools.predict import describe_checkpoint, open_checkpoint
 from utils import UserError, atomic_write, program
 
 Run = Callable[[Tensor], Tensor]  # uint8 (N, 32, 32, 3) to probabilities (N, 100)
@@ -143,10 +144,10 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir, int8: bool
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         import_module(name)  # raises ModuleNotFoundError at once and not after a minute
-    model, about, labels = open_checkpoint(source)
-    properties = {name: value or "unknown" for name, value in about.items()} | {"labels": json.dumps(labels)}
+    model, about = open_checkpoint(source)
+    properties = {name: value or "unknown" for name, value in about.items()} | {"labels": json.dumps(NAMES)}
     images = data.synthetic(2, seed=0).images
-    expected = probabilities(model, images)
+    expected = predict_logits(model, images).softmax(1)
     with quiet():
         content = to_onnx(Deployed(model).eval(), properties)
     run = read_onnx(content)
@@ -165,7 +166,7 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir, int8: bool
 
 
 @program("tools.export")
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, help="to write: NAME.onnx")
     parser.add_argument("--int8", action="store_true", help="quantise to int8: a third of the size")
@@ -176,7 +177,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{arguments.file} must end in .onnx")
     source = arguments.checkpoint or default_checkpoint()
     print(*export(arguments.file, source, arguments.data_dir, arguments.int8), sep="\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,22 +23,3 @@ SUPERCLASSES: dict[str, tuple[str, ...]] = {
     "vehicles_2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
 }
 NAMES: tuple[str, ...] = tuple(sorted(name for names in SUPERCLASSES.values() for name in names))  # label order
-
-
-def readable(name: str) -> str:
-    """A name with spaces for underscores."""
-    return name.replace("_", " ")
-
-
-def class_names(dataset: str) -> tuple[str, ...]:
-    """The 100 names of "cifar100" or "synthetic" in label order."""
-    if dataset == "synthetic":
-        return tuple(f"pattern {label // 10} over {label % 10}" for label in range(len(NAMES)))
-    return NAMES
-
-
-def superclasses(dataset: str) -> dict[str, tuple[str, ...]]:
-    """The names of each superclass's classes. Those of "synthetic" share the pattern of the upper half."""
-    if dataset == "synthetic":
-        return {f"pattern {i} above": class_names(dataset)[10 * i : 10 * i + 10] for i in range(10)}
-    return SUPERCLASSES

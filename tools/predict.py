@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from checkpoint import load_model
 from config import OneLineParser
-from data import SIDE, normalise
-from evaluate import default_checkpoint
-from tools.labels import class_names, readable
-from utils import UserError, one_line, program, shown
+from data import SIDE
+from evaluate import default_checkpoint, predict_logits
+from tools.labels import NAMES
+from utils import one_line, program, shown
 
 About = dict[str, str | None]  # what a checkpoint is; None if it does not say
 
@@ -40,13 +40,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_checkpoint(path: Path) -> tuple[nn.Module, About, tuple[str, ...]]:
-    """The model in eval mode, what it is, and its classes' names. Raises UserError."""
+def open_checkpoint(path: Path) -> tuple[nn.Module, About]:
+    """The model in eval mode, and what it is. Raises UserError."""
     model, content = load_model(path)
     config = content["config"]
     about = {"checkpoint": shown(path), "experiment": config.get("experiment"), "date": content.get("date")}
     about |= {"dataset": config["dataset"]}
-    return model, {k: None if v is None else str(v) for k, v in about.items()}, class_names(config["dataset"])
+    return model, {name: None if value is None else str(value) for name, value in about.items()}
 
 
 def describe_checkpoint(about: About) -> str:
@@ -55,23 +55,14 @@ def describe_checkpoint(about: About) -> str:
     return "{checkpoint} (experiment {experiment}, date {date}, classes of {dataset})".format(**known)
 
 
-@torch.inference_mode()
-def probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    """uint8 (N, 3, 32, 32) to the classes' probabilities (N, 100). Raises UserError if they are not finite."""
-    values = model(normalise(images)).softmax(1)
-    if not values.isfinite().all():
-        raise UserError("the model's probabilities are not finite. Give another checkpoint")
-    return values
-
-
-def predict(model: nn.Module, names: tuple[str, ...], path: Path) -> dict[str, Any]:
+def predict(model: nn.Module, path: Path) -> dict[str, Any]:
     """The five likeliest classes of an image, best first, or the error in one line."""
     try:
-        top = probabilities(model, read(path))[0].topk(5)
+        top = predict_logits(model, read(path)).softmax(1)[0].topk(5)
     except Exception as error:  # PIL's decoders raise nearly anything if a file is damaged
         return {"image": str(path), "error": f"{path}: {getattr(error, 'strerror', None) or one_line(error)}"}
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return {"image": str(path), "top": [{"name": readable(names[i]), "probability": value} for i, value in pairs]}
+    return {"image": str(path), "top": [{"name": NAMES[i], "probability": value} for i, value in pairs]}
 
 
 @program("tools.predict")
@@ -81,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     arguments = parser.parse_args(argv)
-    model, about, names = open_checkpoint(arguments.checkpoint or default_checkpoint())
-    results = [predict(model, names, path) for path in arguments.images]
+    model, about = open_checkpoint(arguments.checkpoint or default_checkpoint())
+    results = [predict(model, path) for path in arguments.images]
     if arguments.json:
         print(json.dumps(about | {"images": results}))
     else:

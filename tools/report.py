@@ -17,9 +17,9 @@ import evaluate
 from config import Config, OneLineParser, add_data_dir
 from data import SIDE, load_test
 from model import MobileNetV3
-from tools.labels import readable, superclasses
+from tools.labels import NAMES, SUPERCLASSES
 from tools.predict import describe_checkpoint, open_checkpoint
-from utils import UserError, atomic_write, keep_freed_memory, program
+from utils import atomic_write, program
 
 PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>table { width: 100%; border-spacing: 0 }
@@ -148,22 +148,19 @@ def fractions(correct: Tensor, group: Tensor) -> list[float]:
 def report(path: Path, data_dir: str = Config.data_dir) -> tuple[str, float]:
     """Grade a checkpoint on its data set's test images. Returns the page, one file of HTML that needs no other, and the
     accuracy in percent. Raises UserError."""
-    model, about, official = open_checkpoint(path)
-    names, groups = [readable(name) for name in official], superclasses(about["dataset"])
+    model, about = open_checkpoint(path)
     images, labels = load_test(about["dataset"], data_dir)
     logits = evaluate.predict_logits(model, images).double()
-    if not logits.isfinite().all():
-        raise UserError(f"{path} gives logits that are not finite. Give another checkpoint")
     confidence, predicted = logits.softmax(1).max(1)
     correct = predicted == labels
 
-    group_of = torch.tensor([i for name in official for i, members in enumerate(groups.values()) if name in members])
+    group_of = torch.tensor([i for name in NAMES for i, group in enumerate(SUPERCLASSES.values()) if name in group])
     group = group_of[labels]
     right_group = fractions(group == group_of[predicted], group)
-    supers = zip(map(readable, groups), fractions(correct, group), right_group, strict=True)
-    classes = sorted(zip(names, fractions(correct, labels), strict=True), key=itemgetter(1))
+    supers = zip(SUPERCLASSES, fractions(correct, group), right_group, strict=True)
+    classes = sorted(zip(NAMES, fractions(correct, labels), strict=True), key=itemgetter(1))
     mistakes = [
-        (images[i], names[labels[i]], names[predicted[i]], confidence[i].item())
+        (images[i], NAMES[labels[i]], NAMES[predicted[i]], confidence[i].item())
         for i in confidence.argsort(descending=True).tolist()
         if not correct[i]
     ]
@@ -185,18 +182,16 @@ def report(path: Path, data_dir: str = Config.data_dir) -> tuple[str, float]:
 
 
 @program("tools.report")
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     parser.add_argument("--output", type=Path, default=Path("report/index.html"), help="page to write [%(default)s]")
     add_data_dir(parser)
     arguments = parser.parse_args(argv)
-    keep_freed_memory()
     page, accuracy = report(arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(arguments.output, lambda file: file.write(page.encode()))
     print(f"{arguments.output}\nAccuracy = {accuracy:.2f} %")
-    return 0
 
 
 if __name__ == "__main__":

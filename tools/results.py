@@ -16,14 +16,13 @@ import data
 import evaluate
 from config import PLAIN, Config, OneLineParser, add_data_dir, describe
 from curves import draw_curves
-from utils import ROOT, UserError, atomic_write, choose_device, keep_freed_memory, program
+from utils import ROOT, UserError, atomic_write, choose_device, program
 
 # The content of docs/results/NAME.json, with the run's log under "history". Accuracies are in percent.
 Record = dict[str, Any]
 
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 PUBLISHED = "taught"  # the record of checkpoints/published.pth
-EXPERIMENTS = ("result1", "result2", "result3", "result4", "result5", "result6")
 
 
 def record_run(run: Path, name: str, data_dir: str) -> Path:
@@ -45,7 +44,10 @@ def record_run(run: Path, name: str, data_dir: str) -> Path:
     device = choose_device("auto")
     model = checkpoint.load_model(run / "best.pth")[0].to(device)
     train_eval = evaluate.evaluate(model, *train_set.to(device))
-    row, recipe = best["metrics"], {setting: portable(best["config"][setting]) for setting in PLAIN}
+    row, recipe = best["metrics"], {setting: best["config"][setting] for setting in PLAIN}
+    for setting in ("weights", "teacher"):
+        if Path(recipe[setting]).is_absolute():
+            recipe[setting] = Path(recipe[setting]).name  # the folder means nothing on another machine
     record = {
         "name": name,
         "title": describe(Config(**recipe, experiment=config.experiment)),
@@ -74,11 +76,6 @@ def record_run(run: Path, name: str, data_dir: str) -> Path:
     return path
 
 
-def portable(value: Any) -> Any:
-    """A setting. Of an absolute path, which means nothing on another machine, the file name."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
 def scores(accuracy: float | None, loss: float | None, **more: float) -> dict[str, float] | None:
     """Accuracy and loss as a record has them; None if they were not measured."""
     return None if accuracy is None else {"accuracy": round(accuracy, 6), "loss": round(loss, 6), **more}
@@ -91,10 +88,6 @@ def read_records() -> dict[str, Record]:
     for record in records:
         record["history"] = checkpoint.read_log(DOCS / "logs" / f"{record['name']}.csv")
     return {record["name"]: record for record in sorted(records, key=lambda record: record["date"])}
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} %"
 
 
 def table(heads: list[str], rows: list[list[Any]]) -> str:
@@ -115,7 +108,7 @@ def runs_table(records: list[Record]) -> str:
     for record in records:
         made = [record["seed"], record["commit"] or "not recorded", f"{hours(record):.1f}", record["best_epoch"]]
         parts = [record.get(part) for part in ("claimed", "train", "train_eval", "validation", "test")]
-        accuracies = [percent(part and part["accuracy"]) for part in parts]
+        accuracies = [f"{part['accuracy']:.2f} %" if part else "" for part in parts]
         files = [f"[{key}]({record[key].removeprefix('docs/')})" for key in ("log", "curves") if record[key]]
         rows.append([f"`{record['name']}`", record["title"], *made, *accuracies, ", ".join(files)])
     heads = ["run", "what", "seed", "commit", "hours", "best epoch"]
@@ -136,7 +129,7 @@ def seeds_text(records: list[Record]) -> str:
 def make_tables(records: dict[str, Record], default: list[Record]) -> dict[str, str]:
     """The tables of both pages, by the names of their markers."""
     published = records[PUBLISHED]
-    experiments = [records[name] for name in EXPERIMENTS]
+    experiments = [records[f"result{number}"] for number in range(1, 7)]
     others = [run for run in records.values() if run not in default + experiments]
     results = [
         ["test accuracy after `python train.py`, AdamW with StepLR", seeds_text(default)],
@@ -173,7 +166,7 @@ def write_pages(check: bool) -> None:
 
 
 @program("tools.results")
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m tools.results", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--name", help="of its record: letters, digits, _ and -")
@@ -185,12 +178,10 @@ def main(argv: list[str] | None = None) -> int:
     if not re.fullmatch(r"[\w-]{1,60}", arguments.name or "none"):
         parser.error(f"--name {arguments.name!r} must have 1 to 60 letters, digits, _ and -")
     if arguments.run:
-        keep_freed_memory()
         path = record_run(arguments.run, arguments.name, arguments.data_dir)
         print(f"Record: {path}. Bring the pages up to date: python -m tools.results")
     else:
         write_pages(arguments.check)
-    return 0
 
 
 if __name__ == "__main__":
