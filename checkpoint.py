@@ -170,7 +170,10 @@ def save_epoch(folder: Path, about: dict[str, Any], history: History, stateful: 
 def resumed_config(folder: Path, given: dict[str, Any]) -> Config:
     """The settings of the run in a folder, with those that flags gave beside --resume. Raises UserError."""
     if not (folder / "last.pth").exists():
-        raise UserError(f"cannot resume {folder}: it has no last.pth, as no epoch was finished. Start the run again")
+        raise UserError(
+            f"cannot resume {folder}: there is no last.pth in it. Give the folder of a run; one that finished no epoch "
+            "must be started again"
+        )
     content = load(folder / "last.pth")
     if content.get("format") != FORMAT:
         raise UserError(

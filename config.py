@@ -1,6 +1,7 @@
 """Every setting of a run: edit a default here, or give it as a flag (`python train.py --epochs 20`)."""
 
 import argparse
+import math
 import re
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -9,8 +10,8 @@ from typing import Any, NoReturn
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field: its default, its meaning, and what limits its values: min and max, choices or pattern; path
-    marks a file or folder."""
+    """A dataclass field: its default, its meaning, and what limits its values: min, max, choices or pattern; path marks
+    a file or folder."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -72,8 +73,9 @@ class Config:
             allowed = (int, float) if f.type is float else f.type
             if not isinstance(value, allowed) or (isinstance(value, bool) and f.type is not bool):
                 raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
-            if "min" in limits and not limits["min"] <= value <= limits["max"]:  # false for NaN
-                raise ValueError(f"{f.name} must be between {limits['min']:g} and {limits['max']:g}, not {value}")
+            low, high = limits.get("min", -math.inf), limits.get("max", math.inf)
+            if f.type in (int, float) and not low <= value <= high:  # false for NaN
+                raise ValueError(f"{f.name} must be between {low:g} and {high:g}, not {value}")
             if "choices" in limits and value not in limits["choices"]:
                 raise ValueError(f"{f.name} must be one of {', '.join(limits['choices'])}, not {value!r}")
             if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
@@ -118,7 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flip": True, "crop_padding": 4, "trivial_augment": 1.0, "amp": True,
     },
 }  # fmt: skip
-RESUMABLE = ("device", "threads", "data_dir", "compile", "tensorboard")  # a resumed run may change these
+RESUMABLE = ("teacher", "device", "threads", "data_dir", "compile", "tensorboard")  # a resumed run may change these
 
 
 def describe(config: Config) -> str:

@@ -134,9 +134,8 @@ def train_one_epoch(
 
 
 def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
-    """Draw the curves, say which epoch was the best, and let the best weights of our network on all of CIFAR-100
-    replace checkpoints/best.pth."""
-    draw_curves({folder.name: history}, folder / "curves.png")
+    """Say which epoch was the best, let the best weights of our network on all of CIFAR-100 replace
+    checkpoints/best.pth, and draw the curves."""
     best = checkpoint.best_row(history)
     accuracy = best["validation_accuracy"]
     validated = "without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
@@ -149,6 +148,7 @@ def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
             print(f"{utils.shown(checkpoint.BEST)}, which pytest grades, is now the best of this run")
         except UserError as error:  # as in a checkout that is read-only
             print(f"{error}. The best of this run is in {folder}")
+    draw_curves({folder.name: history}, folder / "curves.png")
     print(f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}")
 
 
@@ -178,7 +178,7 @@ def train(config: Config, folder: Path | None = None) -> Path | None:
         optimizer = build_optimizer(model, config)
         scheduler = build_scheduler(optimizer, config)
         # On CPUs bfloat16 is three times slower.
-        amp = config.amp and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = config.amp and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         if config.amp and not amp:
             print(f"No bfloat16 on {device}: training in float32")
         criterion = build_criterion(config, device)
@@ -190,13 +190,11 @@ def train(config: Config, folder: Path | None = None) -> Path | None:
         if config.compile:
             graphs = device.type == "cuda" and utils.world_size() == 1  # under DDP batch norm makes torch skip them
             wrapped_model = torch.compile(wrapped_model, dynamic=False, mode="reduce-overhead" if graphs else None)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # optional
         if main_process and not resumed:
             folder = checkpoint.new_run(config)
-        writer = None
-        if config.tensorboard and main_process:
-            from torch.utils.tensorboard import SummaryWriter  # optional
-
-            writer = SummaryWriter(str(folder), purge_step=len(history) + 1)
+        writer = SummaryWriter(folder, purge_step=len(history) + 1) if config.tensorboard and main_process else None
         about = {"config": asdict(config), **utils.provenance(device)}  # read now, and with it the commit that trains
         print(f"Training {describe(config)} on {len(loader.labels)} {config.dataset} images")
         print(f"{config.epochs - len(history)} epochs left, on {about['machine']}\nRun folder: {folder}", flush=True)

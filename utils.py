@@ -41,7 +41,8 @@ def program(name: str) -> Callable[[Callable[..., int | None]], Callable[..., in
             try:
                 return main(argv) or 0
             except (UserError, OSError, ModuleNotFoundError) as error:
-                cure = ". Run: pip install -r requirements-tools.txt" * isinstance(error, ModuleNotFoundError)
+                missing = isinstance(error, ModuleNotFoundError)
+                cure = ". Run: pip install -r requirements.txt -r requirements-tools.txt" if missing else ""
                 print(f"{name}: error: {error}{cure}", file=sys.stderr)
                 return 1
             except KeyboardInterrupt:
@@ -142,13 +143,13 @@ def process_group(device: str) -> Iterator[None]:
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA if there is any, otherwise the CPU. Raises UserError if torch cannot use
     it."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=device)
+        return torch.ones(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise UserError(f"{device} cannot be used: {reason}. Try --device cpu") from error
-    return device
+        raise UserError(f"{name} cannot be used: {reason}. Try --device cpu") from error
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Tests of the programs, and a soak test: python -m tests.soak."""
+"""Tests of the programs."""

@@ -128,8 +128,9 @@ def test_an_epoch_follows_from_seed_and_number(images: Tensor) -> None:
     assert len({view.sum().item() for view in views}) == 6
 
 
-def test_batches_on_a_cpu_are_those_of_the_recorded_runs(images: Tensor) -> None:
+def test_batches_on_a_cpu_are_those_of_the_recorded_runs(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches of seed 0: order, crop and flip bit for bit; TrivialAugment as far as CPUs round alike."""
+    monkeypatch.setattr(augment, "OPERATIONS", dict(list(augment.OPERATIONS.items())[:14]))  # without a user's own
     for fraction in (0.0, 1.0):
         loader = Loader(Images(images, BY_NUMBER), replace(AUGMENTED, trivial_augment=fraction))
         loader.epoch = 1

@@ -48,7 +48,10 @@ def test_a_program_prints_to_any_stdout_and_leaves_it_as_it_was(stdout: Any, mon
 
 
 def test_a_device_that_cannot_compute_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(count: int, device: torch.device) -> None:
+    with pytest.raises(utils.UserError, match=r"^gpu cannot be used: .+\. Try --device cpu$"):
+        utils.choose_device("gpu")
+
+    def fail(count: int, device: str) -> None:
         raise RuntimeError(f"{device} error: no kernel image is available\nkernel errors might be reported")
 
     monkeypatch.setattr(torch, "ones", fail)
