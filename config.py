@@ -120,7 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flip": True, "crop_padding": 4, "trivial_augment": 1.0, "amp": True,
     },
 }  # fmt: skip
-RESUMABLE = ("teacher", "device", "threads", "data_dir", "compile", "tensorboard")  # a resumed run may change these
+RESUMABLE = ("device", "threads", "data_dir", "compile", "tensorboard")  # a resumed run may change these
 
 
 def describe(config: Config) -> str:

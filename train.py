@@ -51,6 +51,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> lr_sche
         step = config.lr_step or math.ceil(config.epochs / 3)
         decay = lr_scheduler.StepLR(optimizer, step_size=step, gamma=config.lr_gamma)
     warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
+    if not warmup_epochs:
+        return decay
     warmup = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup_epochs + 1), total_iters=warmup_epochs)
     return lr_scheduler.ChainedScheduler([warmup, decay])
 

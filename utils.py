@@ -28,7 +28,7 @@ class UserError(Exception):
 def program(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
     """Decorate a `main`, so that it returns an exit code: an error of the user's, of the system or of a missing package
     prints one line on stderr and returns 1, Ctrl-C and SIGTERM return 130. What the terminal's encoding lacks is
-    escaped."""
+    escaped, and freed memory is kept."""
 
     def decorate(main: Callable[..., int | None]) -> Callable[..., int]:
         @functools.wraps(main)
@@ -146,7 +146,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.ones(1, device=name).device
+        torch.ones(1, device=name)
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UserError(f"{name} cannot be used: {reason}. Try --device cpu") from error

@@ -93,12 +93,12 @@ def test_five_classes_per_image_and_a_line_per_error(
 
 
 def test_no_nan_is_printed(model: nn.Module, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    weights = model.state_dict() | {"classifier.bias": torch.full((100,), torch.nan)}
+    weights = model.state_dict() | {"stem.1.running_var": -torch.ones(16)}
     torch.save(weights, source := tmp_path / "nan.pth")
     path = saved(photo, tmp_path / "any.png")
     assert predict.main([str(path), "--checkpoint", str(source), "--json"]) == 1
     output = capsys.readouterr()
-    assert output.out == "" and "nan.pth cannot be used: its weights are not finite" in output.err
+    assert output.out == "" and "nan.pth cannot be used: its logits are not finite" in output.err
 
 
 def test_exif_orientation_is_applied(photo: Image.Image, tmp_path: Path) -> None:

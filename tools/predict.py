@@ -52,7 +52,7 @@ def open_checkpoint(path: Path) -> tuple[nn.Module, About]:
 def describe_checkpoint(about: About) -> str:
     """One line: which checkpoint this is."""
     known = {name: value or "unknown" for name, value in about.items()}
-    return "{checkpoint} (experiment {experiment}, date {date}, trained on {dataset})".format(**known)
+    return "{checkpoint} (experiment {experiment}, date {date}, dataset {dataset})".format(**known)
 
 
 def predict(model: nn.Module, path: Path) -> dict[str, Any]:

@@ -152,11 +152,12 @@ def write_pages(check: bool) -> None:
     records = read_records()
     default = [records[name] for name in sorted(records) if re.fullmatch(r"default-\d+", name)]
     tables = make_tables(records, default)
-    for path in (README, DOCS / "results.md"):
-        old = path.read_text("utf-8")
-        new = re.sub(
-            r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", old, flags=re.DOTALL
-        )
+    marked = re.compile(rf"(<!-- ({'|'.join(tables)}) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+    pages = {path: path.read_text("utf-8") for path in (README, DOCS / "results.md")}
+    if len(marked.findall("".join(pages.values()))) != len(tables):
+        raise UserError(f"the pages lack markers of {', '.join(tables)}. Put each on a line of its own")
+    for path, old in pages.items():
+        new = marked.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", old)
         if check and new != old:
             raise UserError(f"{path} is not up to date. Run: python -m tools.results")
         if not check:
