@@ -39,15 +39,16 @@ def crop_and_flip(table: Tensor, index: Tensor, padding: int, flip: bool, genera
 def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Tensor:
     """Give a fraction of the images one operation each, with a random strength (TrivialAugment: Müller, Hutter, 2021).
 
-    Takes (N, 3, H, W) of any type in a random order, returns float32. Each operation has a slice of the batch, so that
-    nothing waits for a GPU. The strengths are those of RandAugment (Cubuk et al., 2020), milder than the paper's.
+    Takes (N, 3, H, W) of any type, returns float32. Each operation has a slice of the batch, so that nothing waits for
+    a GPU. The images must therefore be in a random order. The strengths are those of RandAugment (Cubuk et al., 2020),
+    milder than the paper's.
     """
     images = images.to(torch.float32, memory_format=torch.channels_last)
     count = round(fraction * len(images))
     level = 2 * torch.rand(count, 1, 1, 1, device=images.device, generator=generator) - 1
     parts, levels = images[:count].tensor_split(len(OPERATIONS)), level.tensor_split(len(OPERATIONS))
     operations = list(OPERATIONS.values())
-    if count < len(operations):  # some slices are empty: other ones in each batch; waits for a GPU
+    if count < len(operations):  # some slices are empty, other ones in each batch; tolist() waits for a GPU
         order = torch.randperm(len(operations), generator=generator, device=images.device)
         operations = [operations[i] for i in order.tolist()]
     triples = zip(operations, parts, levels, strict=True)
@@ -56,8 +57,8 @@ def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Te
 
 
 def warp(images: Tensor, values: dict[tuple[int, int], Tensor]) -> Tensor:
-    """Bilinear samples, black outside, at positions moved by the 2 x 3 identity with other values (N, 1, 1, 1) at some
-    places. The unit is half an image's side."""
+    """Sample bilinearly at positions moved by affine matrices, black outside: 2 x 3 identities in which `values` takes
+    the place of some entries, (N, 1, 1, 1) each. The unit is half an image's side."""
     matrices = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
     for (row, column), value in values.items():
         matrices[:, row, column] = value.flatten()
@@ -116,7 +117,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda images, level: images,
     "shear_x": lambda images, level: warp(images, {(0, 1): 0.3 * level}),
     "shear_y": lambda images, level: warp(images, {(1, 0): 0.3 * level}),
-    "translate_x": lambda images, level: warp(images, {(0, 2): 0.6 * level}),  # up to 10 pixels of 32
+    "translate_x": lambda images, level: warp(images, {(0, 2): 0.6 * level}),  # up to 9.6 pixels of 32
     "translate_y": lambda images, level: warp(images, {(1, 2): 0.6 * level}),
     "rotate": rotate,
     "brightness": lambda images, level: images * (1 + 0.9 * level),
@@ -134,15 +135,15 @@ class Loader:
     """Augmented batches of the training images, made on their device: iterating over it is one epoch.
 
     Order and augmentation follow from (seed, epoch). All batches have one size: the images that do not fill the last
-    one are left out, other ones in each epoch. Several processes make the same batches, and each takes the images rank,
-    rank + world_size, ... of them. Raises UserError if they cannot share a batch evenly.
+    one are left out, different ones in each epoch. Several processes make the same batches, and each takes the images
+    rank, rank + world_size, ... of them. Raises UserError if they cannot share a batch evenly.
     """
 
     def __init__(self, train_set: Images, config: Config, rank: int = 0, world_size: int = 1) -> None:
         self.config = config
         self.pixels = train_set.images.permute(0, 2, 3, 1).reshape(-1, 3)
         self.labels = train_set.labels
-        self.epoch = 0  # that the next iteration gives
+        self.epoch = 0  # the number of the next iteration's epoch
         self.batch_size = min(config.batch_size, len(self.labels))
         self.chunk = CUDA_CHUNK if self.labels.is_cuda else 1  # batches augmented at once
         self.shard = slice(rank, None, world_size)

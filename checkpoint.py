@@ -127,7 +127,7 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     assumed = {"model": "mobilenetv3", "image_size": 32, "dataset": "cifar100"}
     config = assumed | content["config"] if isinstance(content.get("config"), dict) else assumed
     try:
-        Config(**{name: config[name] for name in assumed})
+        Config(**{name: config[name] for name in assumed}, pretrained=False)
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}. Give another file") from error
     model = build_model(config["model"], image_size=config["image_size"])

@@ -34,7 +34,7 @@ class Config:
         "adamw", "adamw, or sgd with Nesterov momentum (then --lr 0.2 --weight_decay 5e-4)", choices=("adamw", "sgd")
     )
     lr: float = setting(3e-3, "learning rate after warm-up and before decay", min=1e-9, max=1e3)
-    weight_decay: float = setting(0.33, "weight decay, as torch's optimizer applies it", min=0, max=10)
+    weight_decay: float = setting(0.33, "weight decay; AdamW multiplies it by the learning rate", min=0, max=10)
     decay_norms: bool = setting(False, "apply weight decay to norms and biases too")
     schedule: str = setting("step", "StepLR, or cosine to 0", choices=("step", "cosine"))
     lr_step: int = setting(0, "StepLR: epochs between two decays (0 = a third of the run)", min=0, max=100_000)
@@ -93,7 +93,8 @@ class Config:
             raise ValueError("compile does not work on mps yet")
 
 
-# A recipe without any technique, and so the base of presets that no edit of a default may change.
+# A recipe without any technique, and so the base of presets that no edit of a default may change. A setting that is
+# added to the recipe needs its value here too.
 PLAIN: dict[str, Any] = {
     "model": "mobilenetv3", "image_size": 32, "pretrained": False, "weights": "none", "epochs": 100, "batch_size": 128,
     "optimizer": "adamw", "lr": 1e-2, "weight_decay": 1e-4, "decay_norms": True, "schedule": "step", "lr_step": 35,
@@ -157,9 +158,10 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
         allow_abbrev=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=36, width=120),
     )
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder, with its settings")
     for f in fields(Config):
-        options = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} [{f.default}]"}
+        text = f"{f.metadata.get('help', '')} [{f.default}]".replace("%", "%%")
+        options = {"default": argparse.SUPPRESS, "help": text}
         if f.type is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         elif choices := tuple(PRESETS) if f.name == "experiment" else f.metadata.get("choices"):

@@ -15,9 +15,8 @@ Hardswish = nn.Hardswish  # in place it would first copy its input, which its gr
 
 
 class BlockConfig(NamedTuple):
-    """One inverted residual: channels in and out, depthwise kernel and stride, expanded channels."""
+    """One inverted residual: channels that it gives, depthwise kernel and stride, expanded channels."""
 
-    inputs: int
     outputs: int
     kernel: int
     stride: int
@@ -27,16 +26,16 @@ class BlockConfig(NamedTuple):
 
 
 BLOCKS = (
-    BlockConfig(16, 16, 3, 1, 16, False, ReLU),  # 16 x 32 x 32
-    BlockConfig(16, 24, 3, 2, 64, False, ReLU),  # 24 x 16 x 16
-    BlockConfig(24, 24, 3, 1, 72, False, ReLU),  # 24 x 16 x 16
-    BlockConfig(24, 40, 5, 2, 72, True, Hardswish),  # 40 x 8 x 8
-    BlockConfig(40, 40, 5, 1, 120, True, Hardswish),  # 40 x 8 x 8
-    BlockConfig(40, 80, 3, 2, 240, False, Hardswish),  # 80 x 4 x 4
-    BlockConfig(80, 112, 3, 1, 480, True, Hardswish),  # 112 x 4 x 4
-    BlockConfig(112, 160, 5, 2, 672, True, Hardswish),  # 160 x 2 x 2
+    BlockConfig(16, 3, 1, 16, False, ReLU),  # 16 x 32 x 32
+    BlockConfig(24, 3, 2, 64, False, ReLU),  # 24 x 16 x 16
+    BlockConfig(24, 3, 1, 72, False, ReLU),  # 24 x 16 x 16
+    BlockConfig(40, 5, 2, 72, True, Hardswish),  # 40 x 8 x 8
+    BlockConfig(40, 5, 1, 120, True, Hardswish),  # 40 x 8 x 8
+    BlockConfig(80, 3, 2, 240, False, Hardswish),  # 80 x 4 x 4
+    BlockConfig(112, 3, 1, 480, True, Hardswish),  # 112 x 4 x 4
+    BlockConfig(160, 5, 2, 672, True, Hardswish),  # 160 x 2 x 2
 )
-STEM, HEAD = BLOCKS[0].inputs, 960  # channels
+STEM, HEAD = 16, 960  # channels
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -65,16 +64,16 @@ class SqueezeExcitation(nn.Module):
 class InvertedResidual(nn.Module):
     """Expand, filter each channel, excite, project without activation (Sandler et al., MobileNetV2, 2018)."""
 
-    def __init__(self, block: BlockConfig, dropout: float = 0.0) -> None:
+    def __init__(self, inputs: int, block: BlockConfig, dropout: float = 0.0) -> None:
         super().__init__()
-        self.expand = nn.Sequential(*conv_bn(block.inputs, block.hidden, 1), block.activation())
+        self.expand = nn.Sequential(*conv_bn(inputs, block.hidden, 1), block.activation())
         self.depthwise = nn.Sequential(
             *conv_bn(block.hidden, block.hidden, block.kernel, block.stride, groups=block.hidden),
             block.activation(),
         )
         self.excite = SqueezeExcitation(block.hidden) if block.squeeze_excitation else nn.Identity()
         self.project = nn.Sequential(*conv_bn(block.hidden, block.outputs, 1), nn.Dropout(dropout))
-        self.residual = block.stride == 1 and block.inputs == block.outputs
+        self.residual = block.stride == 1 and inputs == block.outputs
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
@@ -88,8 +87,9 @@ class MobileNetV3(nn.Module):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.stem = nn.Sequential(*conv_bn(3, STEM, 3), Hardswish())  # 16 x 32 x 32
-        self.blocks = nn.Sequential(*(InvertedResidual(block, dropout) for block in BLOCKS))  # 160 x 2 x 2
-        self.head = nn.Sequential(*conv_bn(BLOCKS[-1].outputs, HEAD, 1), Hardswish())  # 960 x 2 x 2
+        widths = [STEM, *(block.outputs for block in BLOCKS)]
+        self.blocks = nn.Sequential(*(InvertedResidual(*pair, dropout) for pair in zip(widths, BLOCKS, strict=False)))
+        self.head = nn.Sequential(*conv_bn(widths[-1], HEAD, 1), Hardswish())  # 960 x 2 x 2
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Dropout(dropout))  # 960 x 1 x 1
         self.classifier = nn.Linear(HEAD, CLASSES)  # 100
 

@@ -40,7 +40,7 @@ def test_timed_counts_neither_warmup_nor_what_comes_after(monkeypatch: pytest.Mo
 
 
 def test_the_programs_own_loop_is_timed() -> None:
-    """It moves the averaged weights; TrivialAugment, which the plain loop lacks, is not in the comparison."""
+    """TrivialAugment, which the plain loop lacks, is not in the comparison."""
     config = replace(SETTINGS, images_per_class=60)
     loader, averaged = benchmark.train_ours(config, torch.device("cpu"), warmup=2, seconds=0.1)
     assert loader.speed > 0 and isinstance(loader.loader, augment.Loader)

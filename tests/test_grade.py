@@ -17,11 +17,11 @@ SHIPPED = {"published.pth": results.PUBLISHED, "default.pth": "default-0"}  # th
 
 @functools.cache
 def graded(path: Path, data_dir: str) -> dict[str, Any]:
-    return evaluate.grade(path, "auto", data_dir)
+    return evaluate.grade(path, data_dir=data_dir)
 
 
-def test_grade(network: tuple[int, str, int], request: pytest.FixtureRequest, tell: Any) -> None:
-    path, (operations, size, parameters) = evaluate.default_checkpoint(), network
+def test_grade(network: tuple[int, str, int, int], request: pytest.FixtureRequest, tell: Any) -> None:
+    path, (operations, size, parameters, _) = evaluate.default_checkpoint(), network
     cost = f"flops = {operations}", f"Model parameter size = {size} kB"
     other = "" if path != checkpoint.PUBLISHED or network == PUBLISHED else "it is the published network's"
     try:
@@ -46,7 +46,8 @@ def test_grade(network: tuple[int, str, int], request: pytest.FixtureRequest, te
     assert (result["flops"], f"{result['size_kb']:.3f}", result["images"]) == (operations, size, 10_000)
     # It was chosen by its accuracy on validation images; the test set's is close if both are measured alike.
     validation = (content.get("metrics") or {}).get("validation_accuracy")
-    assert validation is None or result["accuracy"] == pytest.approx(validation, abs=4)
+    points = 4 * max(1, 50 / content["config"].get("validation_per_class", 50)) ** 0.5  # few images scatter
+    assert validation is None or result["accuracy"] == pytest.approx(validation, abs=points)
     assert result["accuracy"] <= result["top5"] <= 100
 
 

@@ -19,7 +19,7 @@ def test_forward_equals_an_independent_computation(model: nn.Module) -> None:
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     x = F.hardswish(normed(F.conv2d(images, weights["stem.0.weight"], padding=1), weights, "stem.1"))
-    for i, (inputs, outputs, kernel, stride, hidden, excites, activation) in enumerate(models.BLOCKS):
+    for i, (outputs, kernel, stride, hidden, excites, activation) in enumerate(models.BLOCKS):
         name = f"blocks.{i}"
         y = activation()(normed(F.conv2d(x, weights[f"{name}.expand.0.weight"]), weights, f"{name}.expand.1"))
         depthwise = weights[f"{name}.depthwise.0.weight"]
@@ -33,7 +33,7 @@ def test_forward_equals_an_independent_computation(model: nn.Module) -> None:
             gate = torch.sigmoid(torch.relu(y.mean((2, 3)) @ w1.T + b1) @ w2.T + b2)
             y = y * gate[:, :, None, None]
         y = normed(F.conv2d(y, weights[f"{name}.project.0.weight"]), weights, f"{name}.project.1")
-        x = x + y if stride == 1 and inputs == outputs else y
+        x = x + y if stride == 1 and x.shape[1] == outputs else y
         assert x.shape[1] == outputs
     x = F.hardswish(normed(F.conv2d(x, weights["head.0.weight"]), weights, "head.1"))
     expected = x.mean((2, 3)) @ weights["classifier.weight"].T + weights["classifier.bias"]

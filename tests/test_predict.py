@@ -93,8 +93,8 @@ def test_five_classes_per_image_and_a_line_per_error(
 
 
 def test_no_nan_is_printed(model: nn.Module, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    weights = model.state_dict() | {"stem.1.running_var": -torch.ones(16)}
-    torch.save(weights, source := tmp_path / "nan.pth")
+    model.stem[1].running_var.fill_(-1)
+    torch.save(model.state_dict(), source := tmp_path / "nan.pth")
     path = saved(photo, tmp_path / "any.png")
     assert predict.main([str(path), "--checkpoint", str(source), "--json"]) == 1
     output = capsys.readouterr()

@@ -1,7 +1,8 @@
 """Count the operations of a training step, and time step, input, grading and start: python -m tools.benchmark.
 
-Step and input are timed beside the loop that CIFAR-100 users copy: PIL transforms in a DataLoader, SGD, two .item() per
-step (its prints and TensorBoard scalars left out). Needs CIFAR-100, and about three minutes on two CPU cores.
+Step and input are compared with the loop that CIFAR-100 users copy: PIL transforms (it also rotates) in a DataLoader,
+SGD, two .item() per step (its prints and TensorBoard scalars left out). Needs CIFAR-100, and about three minutes on
+two CPU cores.
 """
 
 import json
@@ -42,7 +43,7 @@ Figures = dict[str, float]
 
 CPU = torch.device("cpu")
 # What is compared with the plain loop augments by crop and flip alone.
-COMPARED = Config(**PLAIN | {"flip": True, "crop_padding": 4, "ema": 0.999, "label_smoothing": 0.1})
+COMPARED = Config(**PLAIN | {"flip": True, "crop_padding": 4, "ema": 0.999, "label_smoothing": 0.1}, images_per_class=0)
 
 
 class Count(TorchDispatchMode):
@@ -60,7 +61,8 @@ def count_operations(config: Config, chunk: int = augment.CUDA_CHUNK) -> Figures
     """Operations of a training step by part, counted on the CPU, with `chunk` batches augmented at once as on CUDA."""
     train_set, _ = data.load_training(config.dataset, config.data_dir, config.validation_per_class)
     loader = augment.Loader(train_set, config)
-    loader.chunk, batches = chunk, iter(loader)
+    chunk = loader.chunk = min(chunk, len(loader))
+    batches = iter(loader)
     model = build_model(config.model).to(memory_format=torch.channels_last)
     ema, optimizer = train.EMA(model, config.ema), train.build_optimizer(model, config)
     criterion, sums = train.build_criterion(config, CPU), torch.zeros(3)

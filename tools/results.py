@@ -41,16 +41,16 @@ def record_run(run: Path, name: str, data_dir: str) -> Path:
 
     grade = evaluate.grade(run / "best.pth", data_dir=data_dir)
     train_set, _ = data.load_training("cifar100", data_dir, config.validation_per_class)
-    device = choose_device("auto")
+    device = choose_device(Config.device)
     model = checkpoint.load_model(run / "best.pth")[0].to(device)
     train_eval = evaluate.evaluate(model, *train_set.to(device))
-    row, recipe = best["metrics"], {setting: best["config"][setting] for setting in PLAIN}
+    row, recipe = best["metrics"], {setting: getattr(config, setting) for setting in PLAIN}
     for setting in ("weights", "teacher"):
         if Path(recipe[setting]).is_absolute():
             recipe[setting] = Path(recipe[setting]).name  # the folder means nothing on another machine
     record = {
         "name": name,
-        "title": describe(Config(**recipe, experiment=config.experiment)),
+        "title": describe(Config(**recipe, experiment=config.experiment, images_per_class=0)),
         "config": recipe,
         "seed": config.seed,
         **{key: best[key] for key in ("commit", "torch", "machine", "date")},
