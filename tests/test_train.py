@@ -245,32 +245,36 @@ def test_resume_is_bit_exact(tiny: Config, recipe: dict[str, Any], monkeypatch: 
     assert not same(states(train.train(replace(config, seed=1))), states(whole))
 
 
-STOPS = {  # where, in which call, and how many epochs are finished then
-    "validation": (train, "evaluate", 2, 1),
-    "first best.pth": (os, "replace", 1, 0),
-    "best.pth": (os, "replace", 4, 1),
-    "log.csv": (os, "replace", 5, 1),
-    "last.pth": (os, "replace", 6, 1),
-    "curves.png": (train, "draw_curves", 1, 2),
+STOPS = {  # where, and in which call: in the second epoch or after it
+    "validation": (train, "evaluate", 2),
+    "best.pth": (os, "replace", 4),
+    "log.csv": (os, "replace", 5),
+    "last.pth": (os, "replace", 6),
+    "curves.png": (train, "draw_curves", 1),
 }
 
 
 @pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS)
-def test_resume_is_exact_wherever_a_run_was_stopped(tiny: Config, stop: Any, monkeypatch: Any, capsys: Any) -> None:
+def test_resume_is_exact_wherever_a_run_was_stopped(tiny: Config, stop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if stop[0] is os:
         tiny = replace(tiny, validation_per_class=0)  # otherwise the second epoch may not be the best
     with monkeypatch.context() as patch:
-        in_call(patch, *stop[:3], interrupt)
+        in_call(patch, *stop, interrupt)
         assert train.main(flags(tiny)) == 130
-    folder, finished = run_of(tiny), stop[3]
+    folder = run_of(tiny)
     assert not list(folder.glob(".*")), "no temporary file is left"
-    assert train.main(["--resume", str(folder)]) == (0 if finished else 1)
-    if finished:
-        whole = train.train(tiny)
-        assert same(states(folder), states(whole)) and log_rows(folder) == log_rows(whole)
-        assert sorted(path.name for path in folder.iterdir()) == FILES
-    else:
-        assert "there is no last.pth in it" in capsys.readouterr().err
+    assert train.main(["--resume", str(folder)]) == 0
+    whole = train.train(tiny)
+    assert same(states(folder), states(whole)) and log_rows(folder) == log_rows(whole)
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+
+
+def test_a_run_stopped_in_its_first_epoch_must_be_started_again(tiny: Config, monkeypatch: Any, capsys: Any) -> None:
+    in_call(monkeypatch, os, "replace", 1, interrupt)
+    assert train.main(flags(tiny)) == 130
+    assert train.main(["--resume", str(run_of(tiny))]) == 1
+    output = capsys.readouterr()
+    assert "start the run again" in output.out and "there is no last.pth in it" in output.err
 
 
 def test_a_run_starts_from_weights_and_a_finished_one_stays_as_it_is(tiny: Config, tmp_path: Path) -> None:
