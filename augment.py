@@ -15,7 +15,7 @@ from utils import UserError
 # runs have at most 1,264 epochs.
 SEED_STRIDE = 1_000_003
 TEACHER_SEED_OFFSET = 1_000_001  # above any seed: a run with a teacher draws views that its teacher was not trained on
-CUDA_CHUNK = 64  # batches augmented at once: the launches of TrivialAugment's kernels then cost next to nothing
+CUDA_CHUNK = 8_192  # images augmented at once: the launches of TrivialAugment's kernels then cost next to nothing
 
 
 def crop_and_flip(table: Tensor, index: Tensor, padding: int, flip: bool, generator: Generator) -> Tensor:
@@ -145,7 +145,7 @@ class Loader:
         self.labels = train_set.labels
         self.epoch = 0  # the number of the next iteration's epoch
         self.batch_size = min(config.batch_size, len(self.labels))
-        self.chunk = CUDA_CHUNK if self.labels.is_cuda else 1  # batches augmented at once
+        self.chunk = max(1, CUDA_CHUNK // self.batch_size) if self.labels.is_cuda else 1  # batches augmented at once
         self.shard = slice(rank, None, world_size)
         self.mixers = []
         if self.batch_size % world_size:

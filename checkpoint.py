@@ -161,7 +161,8 @@ def save_epoch(folder: Path, about: dict[str, Any], history: History, stateful: 
     states = {name: part.state_dict() for name, part in stateful.items()}
     best = best_row(history) is history[-1]
     if best:
-        save(folder / "best.pth", common | {"weights": states["ema"]["model"]})
+        weights = {name: value.cpu() for name, value in states["ema"]["model"].items()}  # for machines without a GPU
+        save(folder / "best.pth", common | {"weights": weights})
     write_log(folder / "log.csv", history)
     save(folder / "last.pth", common | {"history": history} | states)
     return best
