@@ -18,7 +18,7 @@ def test_forward_equals_an_independent_computation(model: nn.Module) -> None:
     """From the table and the state_dict alone, in float64, without any module of model.py."""
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    x = F.hardswish(normed(F.conv2d(images, weights["stem.0.weight"], padding=1), weights, "stem.1"))
+    x = models.Hardswish()(normed(F.conv2d(images, weights["stem.0.weight"], padding=1), weights, "stem.1"))
     for i, (outputs, kernel, stride, hidden, excites, activation) in enumerate(models.BLOCKS):
         name = f"blocks.{i}"
         y = activation()(normed(F.conv2d(x, weights[f"{name}.expand.0.weight"]), weights, f"{name}.expand.1"))
@@ -35,7 +35,7 @@ def test_forward_equals_an_independent_computation(model: nn.Module) -> None:
         y = normed(F.conv2d(y, weights[f"{name}.project.0.weight"]), weights, f"{name}.project.1")
         x = x + y if stride == 1 and x.shape[1] == outputs else y
         assert x.shape[1] == outputs
-    x = F.hardswish(normed(F.conv2d(x, weights["head.0.weight"]), weights, "head.1"))
+    x = models.Hardswish()(normed(F.conv2d(x, weights["head.0.weight"]), weights, "head.1"))
     expected = x.mean((2, 3)) @ weights["classifier.weight"].T + weights["classifier.bias"]
     assert expected.shape == (4, 100)
     assert torch.allclose(model.double()(images), expected, rtol=1e-10, atol=1e-10)
