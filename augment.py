@@ -186,7 +186,7 @@ class Loader:
 
     def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """This process's part of a batch, mixed by mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) if either is
-        on."""
+        on, by one of them at random if both are."""
         if self.mixers:
             images, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](images, labels)
         return images[self.shard].contiguous(memory_format=torch.channels_last), labels[self.shard]

@@ -153,8 +153,8 @@ def new_run(config: Config) -> Path:
 def save_epoch(folder: Path, about: dict[str, Any], history: History, stateful: dict[str, Any]) -> bool:
     """Write log.csv and last.pth, and best.pth if this epoch is the best so far. Returns whether it is.
 
-    last.pth, from which a run is resumed, comes last: a run that is killed before repeats the epoch and writes the same
-    files again.
+    last.pth, from which a run is resumed, comes last: a run that is killed before it is written repeats the epoch and
+    writes the same files again.
     """
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     common = {**about, "epoch": len(history), "metrics": history[-1], "date": date}
