@@ -108,7 +108,7 @@ def equalize(images: Tensor, level: Tensor) -> Tensor:
     counts.scatter_add_(2, values, torch.ones_like(values))
     step = ((values.shape[2] - counts.gather(2, values.amax(2, keepdim=True))) / 255).floor()
     below = counts.cumsum(2) - counts
-    table = ((below + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(max=255)
+    table = ((below + step / 2) / step.clamp(min=1)).floor().clamp(max=255)
     return torch.where(step > 0, table.gather(2, values), values).view(images.shape)
 
 

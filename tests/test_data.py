@@ -114,7 +114,7 @@ def test_mean_and_std_are_those_of_the_training_images(cifar100: str) -> None:
     values = np.arange(256) / 255
     mean = (counts * values).sum(1) / counts.sum(1)
     std = np.sqrt((counts * values**2).sum(1) / counts.sum(1) - mean**2)
-    assert np.allclose(mean, data.MEAN, atol=1e-9) and np.allclose(std, data.STD, atol=1e-9)
+    assert np.abs(mean - data.MEAN).max() < 1e-9 and np.abs(std - data.STD).max() < 1e-9
 
 
 def test_normalise_follows_its_formula(images: Tensor) -> None:

@@ -60,6 +60,7 @@ def test_the_program_prints_the_three_lines_last(tiny: Config, model: nn.Module,
     assert "epoch 1, date 2026-01-01" in lines[1]
     assert lines[-3:-1] == [f"flops = {operations}", f"Model parameter size = {size:.3f} kB"]
     assert lines[-1] == f"Accuracy = {scores.top1:.2f} %"
+    assert not any("total_" in name for name in model.state_dict()), "thop's counters stay off the caller's model"
     assert grade(path, "--json") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["accuracy"], result["top5"], result["flops"]) == (scores.top1, scores.top5, operations)
