@@ -132,7 +132,7 @@ def time_plain(config: Config, device: torch.device) -> Figures:
     images.data, images.targets, images.target_transform = nhwc(train_set.images).numpy(), train_set.labels, None
     transforms = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(data.MEAN, data.STD)]
     images.transform = T.Compose([*transforms[:2], T.RandomRotation(15), *transforms[2:]])
-    loader = Timed(DataLoader(images, config.batch_size, shuffle=True, num_workers=4), device)
+    loader = Timed(DataLoader(images, config.batch_size, shuffle=True, num_workers=min(4, os.cpu_count())), device)
     model = MobileNetV3().to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for batch, labels in loader:
