@@ -88,7 +88,8 @@ class MobileNetV3(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(*conv_bn(3, STEM, 3), Hardswish())  # 16 x 32 x 32
         widths = [STEM, *(block.outputs for block in BLOCKS)]
-        self.blocks = nn.Sequential(*(InvertedResidual(*pair, dropout) for pair in zip(widths, BLOCKS, strict=False)))
+        blocks = [InvertedResidual(inputs, block, dropout) for inputs, block in zip(widths, BLOCKS, strict=False)]
+        self.blocks = nn.Sequential(*blocks)  # 160 x 2 x 2
         self.head = nn.Sequential(*conv_bn(widths[-1], HEAD, 1), Hardswish())  # 960 x 2 x 2
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Dropout(dropout))  # 960 x 1 x 1
         self.classifier = nn.Linear(HEAD, CLASSES)  # 100

@@ -57,7 +57,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_operations(config: Config, chunk: int = 64) -> Figures:
+def count_operations(config: Config, chunk: int = augment.CUDA_CHUNK // 128) -> Figures:
     """Operations of a training step by part, counted on the CPU, with `chunk` batches augmented at once: on CUDA these
     are 64 of 128 images."""
     train_set, _ = data.load_training(config.dataset, config.data_dir, config.validation_per_class)
