@@ -18,8 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import augment
 import checkpoint
 import data
 import evaluate
@@ -163,6 +165,29 @@ def test_a_step_never_waits_for_the_device(tiny: Config, chunk: int, monkeypatch
         assert waits.found == {"tolist": 1}
         assert torch.ones(3)[torch.ones(3) > 0].sum().item() == 3
     assert waits.found == {"tolist": 1, "index": 1, "_local_scalar_dense": 1}, "the counter counts"
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # as EMA's copy does
+def test_all_that_a_gpu_computes_with_is_on_the_gpu(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: fake tensors have a device and no values, and refuse to be mixed with those of another device."""
+    config = replace(tiny, **UNMIXED | {"dropout": 0.1})
+    monkeypatch.setattr(augment, "Generator", lambda device: torch.Generator())  # a GPU's would need the GPU
+    monkeypatch.setattr(Tensor, "backward", lambda loss: [setattr(p, "grad", torch.empty_like(p)) for p in weights])
+    monkeypatch.setattr(train, "means", lambda sums: sums.device.type)  # there is nothing to read
+    monkeypatch.setattr(data, "normalisation", data.normalisation.__wrapped__)  # nothing fake is to stay in its cache
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
+    images, _ = data.load_training("synthetic", "", config.validation_per_class, config.images_per_class)
+    with FakeTensorMode() as mode:
+        images = data.Images(*(mode.from_tensor(part).to("cuda") for part in images))
+        with torch.device("cuda"):
+            model = models.build_model(config.model, config.dropout)
+        weights, loader, ema = list(model.parameters()), Loader(images, config), train.EMA(model, config.ema)
+        optimizer, criterion = train.build_optimizer(model, config), train.build_criterion(config, torch.device("cuda"))
+        assert loader.chunk > len(loader)
+        assert train.train_one_epoch(model, loader, criterion, optimizer, ema, False) == "cuda"
+        assert evaluate.predict_logits(ema.model, images.images).device.type == "cuda"
+        with pytest.raises(RuntimeError, match="device"):
+            model(torch.zeros(2, 3, 32, 32))
 
 
 @pytest.mark.slow
