@@ -14,7 +14,7 @@ from utils import UserError
 # A CPU generator uses the low 32 bits of its seed. With this stride no two epochs of any two runs share them, if the
 # runs have at most 1,264 epochs.
 SEED_STRIDE = 1_000_003
-TEACHER_SEED_OFFSET = 1_000_001  # above any seed: a run with a teacher draws views that its teacher was not trained on
+TEACHER_SEED_OFFSET = 1_000_001  # above any seed: a student's views are not those of a teacher that learned labels
 CUDA_CHUNK = 8_192  # images augmented at once: the launches of TrivialAugment's kernels then cost next to nothing
 
 
@@ -57,8 +57,8 @@ def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Te
 
 
 def warp(images: Tensor, values: dict[tuple[int, int], Tensor]) -> Tensor:
-    """Sample bilinearly at positions moved by affine matrices, black outside: 2 x 3 identities in which `values` takes
-    the place of some entries, (N, 1, 1, 1) each. The unit is half an image's side."""
+    """Sample bilinearly at positions moved by an affine matrix per image, black outside. Each matrix is the 2 x 3
+    identity with the entries in `values`, (N, 1, 1, 1) each, replaced. The unit is half an image's side."""
     matrices = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
     for (row, column), value in values.items():
         matrices[:, row, column] = value.flatten()

@@ -201,7 +201,7 @@ def restore(folder: Path, stateful: dict[str, Any]) -> History:
 
 
 def best_row(history: History) -> dict[str, Any]:
-    """The first row of the best validation accuracy; the last row if nothing was validated."""
+    """The first row with the best validation accuracy; the last row if nothing was validated."""
     if history[0]["validation_accuracy"] is None:
         return history[-1]
     return max(history, key=lambda row: row["validation_accuracy"])

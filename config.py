@@ -57,7 +57,7 @@ class Config:
         "default", "preset to start from, see PRESETS in config.py; taught wants a GPU", pattern=r"[\w-]{1,40}"
     )
     dataset: str = setting("cifar100", "synthetic images need no download", choices=("cifar100", "synthetic"))
-    images_per_class: int = setting(0, "training images per class (0 = all)", min=0, max=500)
+    images_per_class: int = setting(0, "training and validation images per class together (0 = all)", min=0, max=500)
     seed: int = setting(0, "seed of weights, order and augmentation", min=0, max=1_000_000)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d{1,2})?")
     threads: int = setting(0, "CPU threads (0 = torch's choice, one per core)", min=0, max=1_024)
@@ -102,9 +102,10 @@ PLAIN: dict[str, Any] = {
     "flip": False, "crop_padding": 0, "trivial_augment": 0.0, "mixup": 0.0, "cutmix": 0.0, "validation_per_class": 50,
     "amp": False,
 }  # fmt: skip
-# `sgd` and `taught` change the defaults above. `taught` needs requirements-tools.txt and wants a GPU: on two CPU cores
-# it takes more than half a day. result1 to result6 are the experiments of the report: batch size, weight decay (given
-# for result5 only), no augmentation and the place of the dropout are assumed. `teacher` fine-tunes an ImageNet network.
+# `sgd` and `taught` change the defaults above. `taught` needs requirements-tools.txt, and a GPU for its teacher, which
+# computes at 128 pixels in every step. result1 to result6 are the experiments of the report: batch size, weight decay
+# (given for result5 only), no augmentation and the place of the dropout are assumed. `teacher` fine-tunes an ImageNet
+# network.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "sgd": {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 2},

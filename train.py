@@ -179,10 +179,10 @@ def train(config: Config, folder: Path | None = None) -> Path | None:
         ema = EMA(model, config.ema)
         optimizer = build_optimizer(model, config)
         scheduler = build_scheduler(optimizer, config)
-        # On CPUs bfloat16 is three times slower.
+        # CPUs are slower in bfloat16.
         amp = config.amp and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         if config.amp and not amp:
-            print(f"No bfloat16 on {device}: training in float32")
+            print(f"amp is off on {device}: training in float32")
         criterion = build_criterion(config, device)
         stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
         history = checkpoint.restore(folder, stateful) if resumed else []
