@@ -33,23 +33,20 @@ def program(name: str) -> Callable[[Callable[..., int | None]], Callable[..., in
     def decorate(main: Callable[..., int | None]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
-            stdout = sys.stdout
-            if escapes := isinstance(stdout, io.TextIOWrapper):  # in a notebook it is not
-                errors = stdout.errors
-                stdout.reconfigure(errors="backslashreplace")
             keep_freed_memory()
-            try:
-                return main(argv) or 0
-            except (UserError, OSError, ModuleNotFoundError) as error:
-                missing = isinstance(error, ModuleNotFoundError)
-                cure = ". Run: pip install -r requirements.txt -r requirements-tools.txt" if missing else ""
-                print(f"{name}: error: {error}{cure}", file=sys.stderr)
-                return 1
-            except KeyboardInterrupt:
-                return 130
-            finally:
-                if escapes:
-                    stdout.reconfigure(errors=errors)
+            with ExitStack() as undo:
+                if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is not
+                    undo.callback(sys.stdout.reconfigure, errors=sys.stdout.errors)
+                    sys.stdout.reconfigure(errors="backslashreplace")
+                try:
+                    return main(argv) or 0
+                except (UserError, OSError, ModuleNotFoundError) as error:
+                    missing = isinstance(error, ModuleNotFoundError)
+                    cure = ". Run: pip install -r requirements.txt -r requirements-tools.txt" if missing else ""
+                    print(f"{name}: error: {error}{cure}", file=sys.stderr)
+                    return 1
+                except KeyboardInterrupt:
+                    return 130
 
         return run
 

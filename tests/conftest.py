@@ -1,9 +1,9 @@
 """Shared fixtures. The grade comes first, and again in the summary."""
 
 import os
-import signal
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import evaluate
 import model as models
 import utils
 from config import Config
-from tests.helpers import PUBLISHED, SMALL_BLOCKS, TINY, random_model
+from tests.helpers import PUBLISHED, SMALL_BLOCKS, TINY, write_checkpoint
 
 GRADE = pytest.StashKey[list[str]]()
 
@@ -91,15 +91,12 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 @pytest.fixture
 def other_code() -> Iterator[None]:
-    """Other people's code in this process: TF32 is on for everything, and SIGTERM has no handler."""
-    parts = torch.backends, torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    precisions, handler = [part.fp32_precision for part in parts], signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for part in parts:
-        part.fp32_precision = "tf32"
-    yield
-    for part, precision in zip(parts, precisions, strict=True):
-        part.fp32_precision = precision
-    signal.signal(signal.SIGTERM, handler)
+    """Other people's code in this process: TF32 is on for everything."""
+    with ExitStack() as undo:
+        for part in (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends):
+            undo.callback(setattr, part, "fp32_precision", part.fp32_precision)
+            part.fp32_precision = "tf32"
+        yield
 
 
 @pytest.fixture
@@ -126,7 +123,22 @@ def whole_files(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 @pytest.fixture
 def model() -> nn.Module:
-    return random_model()
+    """Random weights, with batch-norm statistics of real activations: otherwise all images look the same to it."""
+    torch.manual_seed(0)
+    model = models.MobileNetV3().train()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        model(data.normalise(data.synthetic(1, seed=3).images))
+        model.classifier.weight.mul_(20)
+    return model.eval()
+
+
+@pytest.fixture
+def source(model: nn.Module, tmp_path: Path) -> Path:
+    """A checkpoint of the model, as a run writes best.pth."""
+    return write_checkpoint(tmp_path / "any.pth", model)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
-import model as models
 from config import PLAIN, Config
 from model import BlockConfig, Hardswish, ReLU
 from utils import ROOT
@@ -56,19 +55,6 @@ def flags(settings: Config | dict[str, Any], **more: Any) -> list[str]:
     for name, value in (settings | more).items():
         words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return words
-
-
-def random_model() -> nn.Module:
-    """Random weights, with batch-norm statistics of real activations: otherwise all images look the same to it."""
-    torch.manual_seed(0)
-    model = models.MobileNetV3().train()
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0
-    with torch.no_grad():
-        model(data.normalise(data.synthetic(1, seed=3).images))
-        model.classifier.weight.mul_(20)
-    return model.eval()
 
 
 def write_checkpoint(path: Path, model: nn.Module, dataset: str = "synthetic", **more: Any) -> Path:

@@ -88,11 +88,9 @@ def test_colour_operations_against_torchvision(images: Tensor, name: str, refere
         assert (result - reference(image, level).float()).abs().max() <= tolerance
 
 
-def test_trivial_augment_changes_its_fraction_of_the_images(images: Tensor) -> None:
-    assert len(augment.trivial_augment(images[:3], 1.0, seeded())) == 3, "fewer images than operations"
-    result = augment.trivial_augment(images, 0.5, seeded())
-    assert torch.equal(result[50:], images[50:].float())
-    assert (result[:50] != images[:50]).flatten(1).any(1).sum() >= 40, "all but the identity's part"
+def test_fewer_images_than_operations_get_any_of_them(images: Tensor) -> None:
+    results = [augment.trivial_augment(images[:1], 1.0, seeded(seed)) for seed in range(9)]
+    assert len({result.sum().item() for result in results}) > 1, "not always the first, the identity"
 
 
 def epoch_of(loader: Loader, epoch: int) -> tuple[Tensor, Tensor]:
@@ -174,6 +172,12 @@ def test_mixup_gives_parts_of_two_images_and_their_labels(images: Tensor) -> Non
     assert torch.allclose(targets.sum(1), torch.ones(100)) and ((targets > 0).sum(1) == 2).all()
     plain = data.normalise(images).flatten(1)
     assert torch.allclose(mixed.flatten(1), targets @ plain, atol=1e-4)
+
+
+def test_cutmix_takes_each_pixel_from_one_of_two_images(images: Tensor) -> None:
+    ((mixed, targets),) = Loader(Images(images, BY_NUMBER), replace(TINY, batch_size=100, cutmix=1.0))
+    first, second = (data.normalise(images[index]) for index in targets.topk(2).indices.T)
+    assert ((mixed == first) | (mixed == second)).all()
 
 
 def test_each_process_has_its_part_of_the_same_batches(images: Tensor) -> None:

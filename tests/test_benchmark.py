@@ -20,7 +20,7 @@ SETTINGS = replace(TINY, ema=0.999, flip=True, crop_padding=4, trivial_augment=1
 
 def test_operations_of_a_step_stay_below_their_bars(published: Path) -> None:
     """Each is about one kernel on a GPU, where 64 batches are augmented at once."""
-    counted = benchmark.count_operations(replace(SETTINGS, label_smoothing=0.1))
+    counted = benchmark.count_operations(replace(SETTINGS, label_smoothing=0.1, batch_size=128))
     assert 0 < counted["input"] <= 8
     assert 250 < counted["forward"] + counted["backward"] <= 290
     assert counted["optimizer"] > 0 and counted["ema"] > 0 and counted["optimizer"] + counted["ema"] <= 12

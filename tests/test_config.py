@@ -65,6 +65,7 @@ def test_flags_override_a_preset_and_a_preset_the_defaults() -> None:
     assert given == RUN | {"experiment": "result6", "epochs": 50, "flip": True}
     assert f"{describe(config)}, ".startswith("result6, epochs=50, flip=True, ")
     assert parse_command_line(flags(TINY))[0] == TINY
+    assert parse_command_line(flags(TINY, weights="a.pth"))[0].weights == str(Path("a.pth").absolute())
 
 
 def test_a_wrong_command_line_is_one_line_and_code_2(capsys: pytest.CaptureFixture) -> None:

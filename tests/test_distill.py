@@ -11,10 +11,11 @@ from torch import Tensor, nn
 import checkpoint
 import train
 from augment import Loader
-from config import Config
+from config import PRESETS, Config
 from data import Images
 from distill import DistillationLoss
 from tests.helpers import TINY, states, write_checkpoint
+from utils import ROOT
 
 CPU = torch.device("cpu")
 
@@ -52,3 +53,9 @@ def test_a_run_learns_from_its_teacher_alone(tiny: Config, teacher: Path) -> Non
     config = replace(tiny, epochs=1, teacher=str(teacher))
     folders = [train.train(replace(config, label_smoothing=smoothing)) for smoothing in (0.0, 0.5)]
     assert torch.equal(*(states(folder)["model"]["stem.0.weight"] for folder in folders)), "labels play no part"
+
+
+def test_the_shipped_teacher_opens() -> None:
+    pytest.importorskip("timm")
+    model, content = checkpoint.load_model(ROOT / PRESETS["taught"]["teacher"])
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 100) and content["config"]["dataset"] == "cifar100"

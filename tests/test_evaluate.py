@@ -66,28 +66,22 @@ def test_the_program_prints_the_three_lines_last(tiny: Config, model: nn.Module,
     assert (result["accuracy"], result["top5"], result["flops"]) == (scores.top1, scores.top5, operations)
 
 
-def test_a_bare_state_dict_is_graded_on_cifar100(tiny: Config, model: nn.Module, tmp_path, monkeypatch, capsys) -> None:
-    torch.save(model.state_dict(), tmp_path / "any.pth")
-    stand_in = {"cifar100": data.load_test("synthetic", "")}
-    monkeypatch.setattr(evaluate, "load_test", lambda dataset, folder: stand_in[dataset])
-    assert grade(tmp_path / "any.pth") == 0
-    assert "Experiment unknown, epoch unknown, date unknown" in capsys.readouterr().out
-
-
 def test_the_repositorys_files_are_found_from_any_folder(
-    tiny: Config, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The latest training is graded by default; a relative path of a flag is the current folder's."""
+    """The latest training is graded by default; a relative path of a flag is the current folder's. A bare state dict is
+    graded on CIFAR-100."""
     assert evaluate.default_checkpoint() == checkpoint.PUBLISHED
-    write_checkpoint(checkpoint.BEST, model, dataset="cifar100")
+    torch.save(model.state_dict(), checkpoint.BEST)
     assert evaluate.default_checkpoint() == checkpoint.BEST
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     stand_in, asked = data.load_test("synthetic", ""), []
-    monkeypatch.setattr(evaluate, "load_test", lambda dataset, folder: asked.append(ROOT / folder) or stand_in)
+    monkeypatch.setattr(evaluate, "load_test", lambda name, folder: asked.append((name, ROOT / folder)) or stand_in)
     assert evaluate.main(["--device", "cpu"]) == 0
     assert grade(Path("../checkpoints/best.pth"), "--data_dir", "here") == 0
-    assert asked == [ROOT / Config.data_dir, tmp_path / "elsewhere" / "here"]
+    assert asked == [("cifar100", ROOT / Config.data_dir), ("cifar100", tmp_path / "elsewhere" / "here")]
+    assert "Experiment unknown, epoch unknown, date unknown" in capsys.readouterr().out
 
 
 def test_grading_leaves_the_process_as_it_was(tiny: Config, model: nn.Module, tmp_path: Path, other_code: None) -> None:

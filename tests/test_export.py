@@ -11,20 +11,9 @@ from torch import Tensor, nn
 
 import data
 from evaluate import predict_logits
-from tests.helpers import random_model, write_checkpoint
 from tools import export
 from tools.labels import NAMES
 from utils import UserError
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return random_model()
-
-
-@pytest.fixture(scope="module")
-def source(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("source") / "any.pth", model)
 
 
 @pytest.fixture

@@ -11,17 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data import normalise
-from tests.helpers import write_checkpoint
 from tools import predict
 from tools.labels import NAMES, SUPERCLASSES
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
-
-
-@pytest.fixture
-def source(model: nn.Module, tmp_path: Path) -> Path:
-    """A checkpoint that knows its experiment and date."""
-    return write_checkpoint(tmp_path / "any.pth", model)
 
 
 @pytest.fixture

@@ -347,25 +347,19 @@ def test_a_run_does_not_need_to_write_checkpoints(real: Config, capsys: pytest.C
 def test_a_run_has_its_settings_and_leaves_none_behind(tiny: Config, other_code: None, monkeypatch: Any) -> None:
     """In a program with settings of its own. Also in a thread, which may set no signal handler."""
     settings, codes, found, validate = process_settings(), [], [], evaluate.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a: found.append(process_settings()[:2]) or validate(*a))
+    monkeypatch.setattr(train, "evaluate", lambda *a: found.append(process_settings()[:3]) or validate(*a))
     words = flags(replace(tiny, epochs=1, deterministic=True, threads=torch.get_num_threads() + 1))
     thread = threading.Thread(target=lambda: codes.append(train.main(words)))
     thread.start()
     thread.join()
     assert [*codes, train.main(words)] == [0, 0]
-    assert found == [(settings[0] + 1, True)] * 2, "threads, deterministic"
+    assert found == [(settings[0] + 1, True, True)] * 2, "threads, deterministic, denormals flushed"
     assert process_settings() == settings
 
 
-def test_a_path_that_is_not_utf8_works(tiny: Config, tmp_path: Path) -> None:
-    config = replace(tiny, epochs=1, runs_dir=str(tmp_path / os.fsdecode(b"caf\xe9")))
-    try:
-        Path(config.runs_dir).mkdir()
-    except OSError:
-        pytest.skip("this file system takes no such names")
-    assert train.main(flags(config)) == 0
-    assert evaluate.main(["--checkpoint", str(run_of(config) / "best.pth"), "--device", "cpu"]) == 0
-    assert train.main(["--resume", str(run_of(config))]) == 0
+def test_amp_needs_a_gpu(tiny: Config, capsys: pytest.CaptureFixture) -> None:
+    folders = [train.train(replace(tiny, epochs=1, amp=amp)) for amp in (False, True)]
+    assert same(*map(states, folders)) and "amp is off on cpu" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line_before_any_run(tiny: Config, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -374,6 +368,7 @@ def test_bad_input_is_one_line_before_any_run(tiny: Config, tmp_path: Path, monk
         ({"weights": str(tmp_path / "none.pth")}, "none.pth is not there"),
         ({"device": "cuda:99"}, "Try --device cpu"),
         ({"validation_per_class": 200, "images_per_class": 0}, "Lower it"),
+        ({"runs_dir": "/dev/null/runs"}, "Give another --runs_dir"),
         ({"model": "any_network"}, "pip install -r requirements.txt -r requirements-tools.txt"),
     ):
         assert train.main(flags(replace(tiny, **settings))) == 1

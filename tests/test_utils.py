@@ -15,7 +15,8 @@ def process_settings() -> tuple:
     """What a program could leave behind in other people's code."""
     backends, deterministic = torch.backends, torch.are_deterministic_algorithms_enabled()
     precisions = [part.fp32_precision for part in (backends, backends.cudnn.conv, backends.cuda.matmul)]
-    settings = torch.get_num_threads(), deterministic, backends.cudnn.benchmark
+    flushed = (torch.tensor(2e-38) / 10).item() == 0
+    settings = torch.get_num_threads(), deterministic, flushed, backends.cudnn.benchmark
     return *settings, *precisions, signal.getsignal(signal.SIGTERM), sys.stdout.errors
 
 

@@ -57,12 +57,11 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_operations(config: Config, chunk: int = augment.CUDA_CHUNK // 128) -> Figures:
-    """Operations of a training step by part, counted on the CPU, with `chunk` batches augmented at once: on CUDA these
-    are 64 of 128 images."""
+def count_operations(config: Config) -> Figures:
+    """Operations of a training step by part, counted on the CPU, with as many images augmented at once as on CUDA."""
     train_set, _ = data.load_training(config.dataset, config.data_dir, config.validation_per_class)
     loader = augment.Loader(train_set, config)
-    chunk = loader.chunk = min(chunk, len(loader))
+    chunk = loader.chunk = min(augment.CUDA_CHUNK // loader.batch_size, len(loader))
     batches = iter(loader)
     model = build_model(config.model).to(memory_format=torch.channels_last)
     ema, optimizer = train.EMA(model, config.ema), train.build_optimizer(model, config)

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,14 +47,11 @@ class Deployed(nn.Module):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hold back the warnings, logs and prints of torch.export and of onnxruntime's quantiser; errors are raised."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), ExitStack() as undo:
+        warnings.simplefilter("ignore")
+        undo.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        yield
 
 
 def to_onnx(model: nn.Module, properties: dict[str, str]) -> bytes:
