@@ -71,7 +71,11 @@ def test_a_gpu_trains_as_a_cpu_does(seed: int) -> None:
 
 @pytest.mark.slow
 def test_compiled_and_eager_train_alike() -> None:
-    assert second_loss(0, CUDA, compiled=True) == pytest.approx(second_loss(0, CUDA), rel=0.05)
+    try:
+        compiled = second_loss(0, CUDA, compiled=True)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        pytest.skip(f"torch.compile needs a C compiler and Python's headers: {error}")
+    assert compiled == pytest.approx(second_loss(0, CUDA), rel=0.05)
 
 
 def test_a_run_is_graded_as_on_the_cpu(tiny: Config) -> None:

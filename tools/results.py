@@ -39,7 +39,7 @@ def record_run(run: Path, name: str, data_dir: str) -> Path:
             f"{run} has finished {last['epoch']} of {config.epochs} epochs. First: python train.py --resume {run}"
         )
 
-    grade = evaluate.grade(run / "best.pth", data_dir=data_dir)
+    grade = evaluate.grade(run / "best.pth", Config.device, data_dir)
     train_set, _ = data.load_training("cifar100", data_dir, config.validation_per_class)
     device = choose_device(Config.device)
     model = checkpoint.load_model(run / "best.pth")[0].to(device)
