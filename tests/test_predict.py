@@ -1,6 +1,5 @@
 """Predictions: images of every kind are read as they are meant, or refused in one line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +46,16 @@ def test_labels_are_in_the_official_order() -> None:
     assert [NAMES[label] for label in (0, 1, 47, 58, 99)] == some
 
 
-def test_json_has_the_models_own_probabilities(
-    source: Path, model: nn.Module, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_probabilities_are_the_models_own(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     """Of a 32x32 image, which is not resampled: with red and blue swapped they would be others."""
     image = images[60:61]
     path = saved(Image.fromarray(image[0].permute(1, 2, 0).numpy()), tmp_path / "small.png")
     assert torch.equal(predict.read(path), image)
-    assert predict.main([str(path), "--checkpoint", str(source), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
     with torch.inference_mode():
         top, swapped = (model(normalise(x)).softmax(1)[0].topk(5) for x in (image, image.flip(1)))
     names = [NAMES[label] for label in top.indices.tolist()]
-    expected = [{"name": name, "probability": p} for name, p in zip(names, top.values.tolist(), strict=True)]
-    assert result["images"] == [{"image": str(path), "top": expected}]
+    assert predict.top5(model, image) == list(zip(names, top.values.tolist(), strict=True))
     assert not torch.allclose(top.values, swapped.values, atol=0.02)
-    assert (result["experiment"], result["date"], result["dataset"]) == ("default", "2026-01-01", "synthetic")
 
 
 def test_five_classes_per_image_and_a_line_per_error(
@@ -89,7 +82,7 @@ def test_no_nan_is_printed(model: nn.Module, photo: Image.Image, tmp_path: Path,
     model.stem[1].running_var.fill_(-1)
     torch.save(model.state_dict(), source := tmp_path / "nan.pth")
     path = saved(photo, tmp_path / "any.png")
-    assert predict.main([str(path), "--checkpoint", str(source), "--json"]) == 1
+    assert predict.main([str(path), "--checkpoint", str(source)]) == 1
     output = capsys.readouterr()
     assert output.out == "" and "nan.pth cannot be used: its logits are not finite" in output.err
 
@@ -123,17 +116,21 @@ def test_transparency_becomes_white(tmp_path: Path) -> None:
     assert difference(result[:, :12], RED) <= 1 and difference(result[:, 20:], WHITE) <= 1
 
 
-def test_files_that_cannot_be_read_are_one_line(
-    model: nn.Module, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_files_that_cannot_be_read_are_a_line_each(
+    source: Path, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A folder, an empty file, 16 bits per channel, half a file, a decompression bomb."""
-    paths = [tmp_path, tmp_path / "empty.png", tmp_path / "deep.png", tmp_path / "half.jpg"]
+    paths = [tmp_path / name for name in ("folder", "empty.png", "deep.png", "half.jpg", "whole.jpg")]
+    paths[0].mkdir()
     paths[1].touch()
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(paths[2])
-    content = saved(photo, tmp_path / "whole.jpg").read_bytes()
+    content = saved(photo, paths[3]).read_bytes()
     paths[3].write_bytes(content[: len(content) // 2])
-    for path in paths:
-        error = predict.predict(model, path)["error"]
-        assert error.startswith(f"{path}: ") and "\n" not in error and len(error) > len(f"{path}: ") + 5
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert "exceeds limit" in predict.predict(model, tmp_path / "whole.jpg")["error"]
+    saved(photo.resize((192, 128)), paths[4])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7_000)
+    assert predict.main([*map(str, paths), "--checkpoint", str(source)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    for path, line in zip(paths, lines, strict=True):
+        start = f"tools.predict: error: {path}: "
+        assert line.startswith(start) and len(line) > len(start) + 5
+    assert "8 bits" in lines[2] and "truncated" in lines[3] and "exceeds limit" in lines[4]

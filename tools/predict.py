@@ -1,9 +1,7 @@
 """Name what images show: the five likeliest classes of each, with their probabilities."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,14 +53,10 @@ def describe_checkpoint(about: About) -> str:
     return "{checkpoint} (experiment {experiment}, date {date}, dataset {dataset})".format(**known)
 
 
-def predict(model: nn.Module, path: Path) -> dict[str, Any]:
-    """The five likeliest classes of an image, best first, or the error in one line."""
-    try:
-        top = predict_logits(model, read(path)).softmax(1)[0].topk(5)
-    except Exception as error:  # PIL's decoders raise nearly anything if a file is damaged
-        return {"image": str(path), "error": f"{path}: {getattr(error, 'strerror', None) or one_line(error)}"}
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return {"image": str(path), "top": [{"name": NAMES[i], "probability": value} for i, value in pairs]}
+def top5(model: nn.Module, image: Tensor) -> list[tuple[str, float]]:
+    """The five likeliest classes of an image, uint8 (1, 3, 32, 32), with their probabilities, best first."""
+    top = predict_logits(model, image).softmax(1)[0].topk(5)
+    return [(NAMES[label], value) for label, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
 @program("tools.predict")
@@ -70,21 +64,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.predict", description=__doc__, allow_abbrev=False)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="any image file that PIL opens")
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     arguments = parser.parse_args(argv)
     model, about = open_checkpoint(arguments.checkpoint or default_checkpoint())
-    results = [predict(model, path) for path in arguments.images]
-    if arguments.json:
-        print(json.dumps(about | {"images": results}))
-    else:
-        print(describe_checkpoint(about))
-    for result in results:
-        if "error" in result:
-            print(f"tools.predict: error: {result['error']}", file=sys.stderr)
-        elif not arguments.json:
-            rows = [f"{100 * row['probability']:6.2f} %  {row['name']}" for row in result["top"]]
-            print(result["image"], *rows, sep="\n")
-    return int(any("error" in result for result in results))
+    print(describe_checkpoint(about))
+    failed = False
+    for path in arguments.images:
+        try:
+            classes = top5(model, read(path))
+        except Exception as error:  # PIL's decoders raise nearly anything if a file is damaged
+            reason = getattr(error, "strerror", None) or one_line(error)
+            print(f"tools.predict: error: {path}: {reason}", file=sys.stderr)
+            failed = True
+            continue
+        print(path, *(f"{100 * probability:6.2f} %  {name}" for name, probability in classes), sep="\n")
+    return int(failed)
 
 
 if __name__ == "__main__":
