@@ -182,7 +182,7 @@ def train(config: Config, folder: Path | None = None) -> Path | None:
         # CPUs are slower in bfloat16.
         amp = config.amp and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         if config.amp and not amp:
-            print(f"amp is off on {device}: training in float32")
+            print(f"amp needs a GPU with bfloat16, not {device}: training in float32")
         criterion = build_criterion(config, device)
         stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
         history = checkpoint.restore(folder, stateful) if resumed else []
