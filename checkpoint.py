@@ -58,8 +58,6 @@ def check_archive(path: Path) -> None:
     """
     with path.open("rb") as file:
         start = file.read(512).lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError("it is a Git LFS pointer and not the file itself, which `git lfs pull` fetches")
     if start.startswith(b"<"):
         raise ValueError("it is a web page and not the file itself, which its raw or download link gives")
     if not start.startswith(b"PK"):

@@ -27,26 +27,21 @@ class UserError(Exception):
 
 def program(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
     """Decorate a `main`, so that it returns an exit code: an error of the user's, of the system or of a missing package
-    prints one line on stderr and returns 1, Ctrl-C and SIGTERM return 130. What the terminal's encoding lacks is
-    escaped, and freed memory is kept."""
+    prints one line on stderr and returns 1, Ctrl-C and SIGTERM return 130. It also keeps freed memory."""
 
     def decorate(main: Callable[..., int | None]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
             keep_freed_memory()
-            with ExitStack() as undo:
-                if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is not
-                    undo.callback(sys.stdout.reconfigure, errors=sys.stdout.errors)
-                    sys.stdout.reconfigure(errors="backslashreplace")
-                try:
-                    return main(argv) or 0
-                except (UserError, OSError, ModuleNotFoundError) as error:
-                    missing = isinstance(error, ModuleNotFoundError)
-                    cure = ". Run: pip install -r requirements.txt -r requirements-tools.txt" if missing else ""
-                    print(f"{name}: error: {error}{cure}", file=sys.stderr)
-                    return 1
-                except KeyboardInterrupt:
-                    return 130
+            try:
+                return main(argv) or 0
+            except (UserError, OSError, ModuleNotFoundError) as error:
+                missing = isinstance(error, ModuleNotFoundError)
+                cure = ". Run: pip install -r requirements.txt -r requirements-tools.txt" if missing else ""
+                print(f"{name}: error: {error}{cure}", file=sys.stderr)
+                return 1
+            except KeyboardInterrupt:
+                return 130
 
         return run
 

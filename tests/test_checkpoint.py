@@ -74,7 +74,6 @@ def mark_as_folder(path: Path) -> None:
 
 
 WRONG_FILES = {
-    "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "Git LFS"),
     "html": (lambda path: path.write_text("\n<!DOCTYPE html><html></html>"), "web page"),
     "class": (lambda path: torch.save(nn.Linear(1, 1), path), r"torch\.nn\.modules\.linear\.Linear"),
     "list": (lambda path: torch.save([torch.zeros(1)], path), "holds a list"),

@@ -1,9 +1,6 @@
 """Errors in one line, the device, and what programs leave behind in a process: nothing."""
 
-import io
 import signal
-import sys
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ def process_settings() -> tuple:
     precisions = [part.fp32_precision for part in (backends, backends.cudnn.conv, backends.cuda.matmul)]
     flushed = (torch.tensor(2e-38) / 10).item() == 0
     settings = torch.get_num_threads(), deterministic, flushed, backends.cudnn.benchmark
-    return *settings, *precisions, signal.getsignal(signal.SIGTERM), sys.stdout.errors
+    return *settings, *precisions, signal.getsignal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
@@ -35,17 +32,6 @@ def test_an_error_that_a_user_can_fix_is_one_line(error: BaseException, code: in
 
     assert main([]) == code
     assert capsys.readouterr() == ("", printed)
-
-
-@pytest.mark.parametrize("stdout", [io.StringIO, lambda: None, lambda: io.TextIOWrapper(io.BytesIO(), "ascii")])
-def test_a_program_prints_to_any_stdout_and_leaves_it_as_it_was(stdout: Any, monkeypatch) -> None:
-    """A notebook's, none (`>&-`), and a terminal without ±, which is escaped."""
-    given = stdout()
-    monkeypatch.setattr(sys, "stdout", given)
-    assert utils.program("name")(lambda argv: print("±") or 0)([]) == 0
-    if isinstance(given, io.TextIOWrapper):
-        given.flush()
-        assert (given.errors, given.buffer.getvalue()) == ("strict", b"\\xb1\n")
 
 
 def test_a_device_that_cannot_compute_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
