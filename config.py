@@ -89,8 +89,6 @@ class Config:
             )
         if self.pretrained and self.model == "mobilenetv3":
             raise ValueError("pretrained needs a timm model: there are no ImageNet weights of mobilenetv3")
-        if self.compile and self.device == "mps":
-            raise ValueError("compile does not work on mps yet")
 
 
 # A recipe without any technique, and so the base of presets that no edit of a default may change. A setting that is
