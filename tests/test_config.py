@@ -38,6 +38,12 @@ def test_wrong_types_and_values_are_refused(name: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    for settings in ({"images_per_class": 50, "validation_per_class": 50}, {"pretrained": True}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            replace(TINY, **settings)
+
+
 def test_no_edit_of_a_default_changes_plain_recipes() -> None:
     assert PLAIN.keys() == set(RECIPE)
     for name in ("teacher", *(f"result{number}" for number in range(1, 7))):
