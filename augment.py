@@ -39,16 +39,16 @@ def crop_and_flip(table: Tensor, index: Tensor, padding: int, flip: bool, genera
 def trivial_augment(images: Tensor, fraction: float, generator: Generator) -> Tensor:
     """Give a fraction of the images one operation each, with a random strength (TrivialAugment: Müller, Hutter, 2021).
 
-    Takes (N, 3, H, W) of any type, returns float32. Each operation has a slice of the batch, so that nothing waits for
-    a GPU. The images must therefore be in a random order. The strengths are those of RandAugment (Cubuk et al., 2020),
-    milder than the paper's.
+    Takes (N, 3, H, W) of any type, returns float32. Each operation has a slice of the batch, so that a large batch
+    never waits for a GPU. The images must therefore be in a random order. The strengths are those of RandAugment
+    (Cubuk et al., 2020), milder than the paper's.
     """
     images = images.to(torch.float32, memory_format=torch.channels_last)
     count = round(fraction * len(images))
     level = 2 * torch.rand(count, 1, 1, 1, device=images.device, generator=generator) - 1
     parts, levels = images[:count].tensor_split(len(OPERATIONS)), level.tensor_split(len(OPERATIONS))
     operations = list(OPERATIONS.values())
-    if count < len(operations):  # some slices are empty, other ones in each batch; tolist() waits for a GPU
+    if count < len(operations):  # some slices are empty: different ones in each batch. tolist() waits for a GPU
         order = torch.randperm(len(operations), generator=generator, device=images.device)
         operations = [operations[i] for i in order.tolist()]
     triples = zip(operations, parts, levels, strict=True)
@@ -78,7 +78,7 @@ def grey(images: Tensor) -> Tensor:
 
 
 def blend(degenerate: Tensor, images: Tensor, level: Tensor) -> Tensor:
-    """From nearly the degenerate image (level -1) over the image itself (0) to its exaggeration (1)."""
+    """From nearly the degenerate image (level -1) via the image itself (0) to its exaggeration (1)."""
     return degenerate + (images - degenerate) * (1 + 0.9 * level)
 
 

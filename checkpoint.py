@@ -19,7 +19,7 @@ from utils import ROOT, UserError, atomic_write, one_line, shown
 History = list[dict[str, Any]]  # a dict per epoch with the columns of log.csv; None where nothing was measured
 
 FORMAT = 2  # of last.pth; models can be read from the files of format 1 too
-BEST = ROOT / "checkpoints" / "best.pth"  # the best of the latest training on this machine
+BEST = ROOT / "checkpoints" / "best.pth"  # the best of the latest run of our network on all of CIFAR-100
 PUBLISHED = ROOT / "checkpoints" / "published.pth"
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
            "images_per_second", "seconds")  # fmt: skip
@@ -35,7 +35,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Open a file of torch.save on the CPU without running any code in it. Raises UserError."""
     if not path.exists():
-        raise UserError(f"{path} is not there. Give the path of one that is, or train one: python train.py")
+        raise UserError(f"{path} does not exist. Give another file, or train a model: python train.py")
     try:
         if path.is_dir():
             raise ValueError("it is a folder; the weights of a run are in its best.pth")
@@ -59,7 +59,7 @@ def check_archive(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(512).lstrip()
     if start.startswith(b"<"):
-        raise ValueError("it is a web page and not the file itself, which its raw or download link gives")
+        raise ValueError("it is a web page. Use the raw or download link of the file")
     if not start.startswith(b"PK"):
         return  # torch.save's format before 2020, which torch.load checks itself
     with zipfile.ZipFile(path) as archive:
@@ -98,7 +98,7 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, fine_tun
     prefixes = [name.removesuffix(first) for name in tensors if f"/{name}".endswith((f"/{first}", f".{first}"))]
     if not prefixes:
         found = ", ".join(list(tensors)[:3]) or "no tensors"
-        raise UserError(f"{path} holds no weights of this model: there is no {first} in it, but {found}")
+        raise UserError(f"{path} holds no weights of this model: there is no {first} in it, but {found}. Give another")
     # Of several state dicts, averaged weights come first, then those called weights.
     prefix = min(prefixes, key=lambda prefix: (not ("ema" in prefix or "average" in prefix), "weights" not in prefix))
     names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
@@ -167,7 +167,7 @@ def save_epoch(folder: Path, about: dict[str, Any], history: History, stateful: 
 
 
 def resumed_config(folder: Path, given: dict[str, Any]) -> Config:
-    """The settings of the run in a folder, with those that flags gave beside --resume. Raises UserError."""
+    """The settings of the run in a folder, with those that flags gave. Raises UserError."""
     if not (folder / "last.pth").exists():
         raise UserError(
             f"cannot resume {folder}: there is no last.pth in it. Give the folder of a run; one that finished no epoch "

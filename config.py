@@ -39,7 +39,7 @@ class Config:
     schedule: str = setting("step", "StepLR, or cosine to 0", choices=("step", "cosine"))
     lr_step: int = setting(0, "StepLR: epochs between two decays (0 = a third of the run)", min=0, max=100_000)
     lr_gamma: float = setting(0.3, "StepLR: factor of the learning rate at each decay", min=1e-6, max=1)
-    warmup_epochs: int = setting(4, "epochs of linear warm-up, at most a quarter of the run", min=0, max=1_000)
+    warmup_epochs: int = setting(4, "epochs of linear warm-up (capped at a quarter of the run)", min=0, max=1_000)
     label_smoothing: float = setting(0.1, "part of each target that is spread over all classes", min=0, max=0.99)
     teacher: str = setting("none", "checkpoint whose logits the model learns instead of the labels", path=True)
     dropout: float = setting(0.0, "dropout after each projection and before the classifier", min=0, max=0.95)
@@ -91,8 +91,8 @@ class Config:
             raise ValueError("pretrained needs a timm model: there are no ImageNet weights of mobilenetv3")
 
 
-# A recipe without any technique, and so the base of presets that no edit of a default may change. A setting that is
-# added to the recipe needs its value here too.
+# A recipe without any technique: the base of the presets that an edit of a default must not change. A new setting of
+# the recipe needs its value here too.
 PLAIN: dict[str, Any] = {
     "model": "mobilenetv3", "image_size": 32, "pretrained": False, "weights": "none", "epochs": 100, "batch_size": 128,
     "optimizer": "adamw", "lr": 1e-2, "weight_decay": 1e-4, "decay_norms": True, "schedule": "step", "lr_step": 35,
@@ -100,10 +100,10 @@ PLAIN: dict[str, Any] = {
     "flip": False, "crop_padding": 0, "trivial_augment": 0.0, "mixup": 0.0, "cutmix": 0.0, "validation_per_class": 50,
     "amp": False,
 }  # fmt: skip
-# `sgd` and `taught` change the defaults above. `taught` needs requirements-tools.txt, and a GPU for its teacher, which
-# computes at 128 pixels in every step. result1 to result6 are the experiments of the report: batch size, weight decay
-# (given for result5 only), no augmentation and the place of the dropout are assumed. `teacher` fine-tunes an ImageNet
-# network.
+# `sgd` and `taught` start from the defaults above. `taught` needs requirements-tools.txt, and a GPU for its teacher,
+# which computes at 128 pixels in every step. result1 to result6 are the experiments of the report: batch size, weight
+# decay (given for result5 only), no augmentation and the place of the dropout are assumed. `teacher` fine-tunes an
+# ImageNet network.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "sgd": {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 2},
@@ -172,16 +172,16 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
     if folder := given.pop("resume"):
         if fixed := sorted(given.keys() - set(RESUMABLE)):
             parser.error(
-                f"--resume takes {', '.join(RESUMABLE)} beside it, not {', '.join(fixed)}. "
+                f"--resume allows only {', '.join(RESUMABLE)} with it, not {', '.join(fixed)}. "
                 f"For other settings or more epochs start a new run with --weights {folder}/best.pth"
             )
         return None, folder, given
     try:
         config = Config(**PRESETS.get(given.get("experiment", Config.experiment), {}) | given)
-    except (TypeError, ValueError) as error:  # TypeError: a preset names a setting that there is not
+    except (TypeError, ValueError) as error:  # TypeError: a preset names an unknown setting
         parser.error(str(error))
     if config.schedule == "step" and config.lr_step >= config.epochs and "lr_step" not in given:
         parser.error(
-            f"lr_step {config.lr_step} never comes in {config.epochs} epochs: give --lr_step too (0 = a third)"
+            f"lr_step {config.lr_step} is not below {config.epochs} epochs: give --lr_step too (0 = a third of the run)"
         )
     return config, None, given

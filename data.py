@@ -13,7 +13,7 @@ from utils import ROOT, UserError, atomic_write, one_line
 
 SIDE = 32  # pixels
 CLASSES = 100
-SHA256 = {  # of the arrays' bytes, sorted by label, within a label in the official order: the order gives the labels
+SHA256 = {  # of the arrays' bytes, stably sorted by label: the order gives the labels
     "train_images": "a678f5ab6ac125c4dfba98c64d1562b510eff50354e165b75e65d808f7be34c5",
     "test_images": "8532fd42ce092c665328a7201998ab7e8768dad37afff89be94e13106523a495",
 }
@@ -54,7 +54,7 @@ def load_test(dataset: str, data_dir: str) -> Images:
 
 
 def load(dataset: str, data_dir: str, source: str, per_class: int = 0) -> Images:
-    """All "train" or "test" images of a data set; of the synthetic one `per_class` images per class (0 = all)."""
+    """All "train" or "test" images of a data set. Of the synthetic one, `per_class` images per class (0 = all)."""
     if dataset == "synthetic":
         count, seed = SYNTHETIC[source]
         return synthetic(per_class or count, seed)
@@ -105,7 +105,7 @@ def normalise(images: Tensor) -> Tensor:
 def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """The factor and the summand of `normalise`, each as a whole image (1, 3, 32, 32): broadcasting three numbers
     along the fastest dimension takes a CPU five times as long."""
-    with torch.inference_mode(False):  # otherwise no gradient could pass if the first call is an evaluation's
+    with torch.inference_mode(False):  # otherwise no gradient passes if the first call is in inference mode
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
         return tuple(
             value.expand(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
@@ -128,7 +128,7 @@ def read(path: Path, name: str) -> np.ndarray:
 def check(name: str, images: np.ndarray) -> None:
     """Raise ValueError unless these are the official images, sorted by label."""
     if hashlib.sha256(np.ascontiguousarray(images)).hexdigest() != SHA256[name]:
-        raise ValueError(f"the SHA-256 of {name} differs from the official images'")
+        raise ValueError(f"the SHA-256 of {name} is not that of the official images")
 
 
 def build(path: Path) -> dict[str, np.ndarray]:
@@ -150,11 +150,11 @@ def build(path: Path) -> dict[str, np.ndarray]:
     except (OSError, RuntimeError, ValueError) as error:  # URLError and HTTPError are OSErrors
         raise UserError(
             f"CIFAR-100 is not in {path} and torchvision could not get it from {CIFAR100.url} ({one_line(error)}). "
-            f"Put the official archive at {archive}, in place of a damaged one, or give another --data_dir, or try the "
-            "program without data: python train.py --dataset synthetic --epochs 2"
+            f"Put the official archive at {archive} (replace a damaged one), give another --data_dir, or try generated "
+            "images: python train.py --dataset synthetic --epochs 2"
         ) from error
     try:
         atomic_write(path, lambda file: np.savez(file, **arrays))
-    except UserError as error:  # a read-only folder
-        print(f"{error}. Going on without that file")
+    except UserError:  # a read-only folder
+        print(f"{path} cannot be written: the images are built again in each run")
     return arrays

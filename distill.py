@@ -10,8 +10,8 @@ from checkpoint import load_model
 
 
 class DistillationLoss:
-    """Mean squared difference of the model's and a frozen teacher's logits, of which each image's mean is subtracted
-    first (Kim et al., 2021).
+    """Mean squared difference between the logits of the model and of a frozen teacher, each centred per image (Kim et
+    al., 2021).
 
     The teacher sees the same view of each image as the model (consistent teaching: Beyer et al., 2022), mixed images
     too; the labels are not used. The caller's autocast holds for the teacher too.

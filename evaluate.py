@@ -1,4 +1,4 @@
-"""Grade a checkpoint: operations, size, and accuracy on the official test set."""
+"""Grade a checkpoint: multiply-adds, size, and accuracy on the official test set."""
 
 import copy
 import json
@@ -67,12 +67,12 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def default_checkpoint() -> Path:
-    """The best of the latest training on this machine if there is one, otherwise the published one."""
+    """checkpoints/best.pth, which a run leaves, if it is there, otherwise the published one."""
     return checkpoint.BEST if checkpoint.BEST.exists() else checkpoint.PUBLISHED
 
 
 def grade(path: Path, device: str = Config.device, data_dir: str = Config.data_dir) -> dict[str, Any]:
-    """Operations, size and test scores of a checkpoint, with what it is (None if unknown). Raises UserError."""
+    """Multiply-adds, size and test scores of a checkpoint, with what it is (None if unknown). Raises UserError."""
     where = choose_device(device)
     model, content = checkpoint.load_model(path)
     model.to(where, memory_format=torch.channels_last)

@@ -118,10 +118,10 @@ def build_model(name: str, dropout: float = 0.0, image_size: int = 32, pretraine
             model = timm.create_model(name, pretrained=pretrained, num_classes=CLASSES, drop_rate=dropout)
             with torch.no_grad():  # some take one size of image only, or none so small
                 model.eval()(torch.zeros(1, 3, image_size, image_size))
-        except Exception as error:  # nearly anything, as while it fetches weights
+        except Exception as error:  # nearly anything, such as a failed download
             raise UserError(
                 f"timm cannot make model {name} for {image_size} pixels: {one_line(error)}. Its names: "
-                "timm.list_models(). For too small images give --image_size 64, without a network --no-pretrained"
+                "timm.list_models(). If images are too small: --image_size 64. If offline: --no-pretrained"
             ) from error
         model.train()
     return model if image_size == 32 else nn.Sequential(Enlarge(image_size, mode="bicubic"), model)

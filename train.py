@@ -148,8 +148,8 @@ def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
         try:
             utils.atomic_write(checkpoint.BEST, lambda file: file.write(weights))
             print(f"{utils.shown(checkpoint.BEST)}, which pytest grades, is now the best of this run")
-        except UserError as error:  # as in a checkout that is read-only
-            print(f"{error}. The best of this run is in {folder}")
+        except UserError:  # as in a checkout that is read-only
+            print(f"{utils.shown(checkpoint.BEST)} cannot be written. The best of this run is in {folder}")
     draw_curves({folder.name: history}, folder / "curves.png")
     print(f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}")
 
@@ -182,7 +182,7 @@ def train(config: Config, folder: Path | None = None) -> Path | None:
         # CPUs are slower in bfloat16.
         amp = config.amp and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         if config.amp and not amp:
-            print(f"amp needs a GPU with bfloat16, not {device}: training in float32")
+            print(f"amp needs a GPU with bfloat16: training in float32 on {device}")
         criterion = build_criterion(config, device)
         stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
         history = checkpoint.restore(folder, stateful) if resumed else []

@@ -22,12 +22,12 @@ ROOT = Path(__file__).parent  # of the repository
 
 
 class UserError(Exception):
-    """Something that the user can fix. The message is one line: what is wrong, and what to do."""
+    """Something that the user can fix. The message is one line: what is wrong and, mostly, what to do."""
 
 
 def program(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
-    """Decorate a `main`, so that it returns an exit code: an error of the user's, of the system or of a missing package
-    prints one line on stderr and returns 1, Ctrl-C and SIGTERM return 130. It also keeps freed memory."""
+    """Decorate a `main`, so that it returns an exit code: a UserError, an OSError or a missing package prints one
+    line on stderr and returns 1, Ctrl-C and SIGTERM return 130. It also keeps freed memory."""
 
     def decorate(main: Callable[..., int | None]) -> Callable[..., int]:
         @functools.wraps(main)
@@ -147,14 +147,14 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
-    """Set the number of CPU threads (0 = torch's choice) and whether kernels are deterministic, until the end."""
+    """Set CPU threads (0 = torch's choice), denormals, cuDNN and deterministic kernels, and restore them at the end."""
     with ExitStack() as undo:
         undo.callback(torch.set_flush_denormal, False)
         torch.set_flush_denormal(True)  # otherwise gradients near 0 slow a CPU down (docs/notes.md)
         undo.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads or torch.get_num_threads())
         undo.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-        torch.backends.cudnn.benchmark = not deterministic  # a run has one shape: cuDNN times its algorithms for it
+        torch.backends.cudnn.benchmark = not deterministic  # shapes hardly change: cuDNN times its algorithms for each
         if deterministic:
             mode = torch.get_deterministic_debug_mode()
             undo.callback(torch.use_deterministic_algorithms, mode > 0, warn_only=mode == 1)
@@ -164,7 +164,7 @@ def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
 
 
 def provenance(device: torch.device) -> dict[str, str | None]:
-    """What a figure depends on beside its settings: torch's version, the code's commit, and the machine.
+    """What a figure depends on apart from its settings: torch's version, the code's commit, and the machine.
 
     The commit is None outside of a git checkout, and ends in -dirty if files were changed. The machine is the GPU, or
     the CPU with the number of its threads that torch uses.

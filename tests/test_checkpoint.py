@@ -81,7 +81,7 @@ WRONG_FILES = {
     "folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder"),
     "compressed": (write_compressed, r"archive/data\.pkl in it is compressed"),
     "folder bit": (mark_as_folder, r"data/0 in it is marked as a folder"),
-    "missing": (lambda path: path.unlink(), "is not there"),
+    "missing": (lambda path: path.unlink(), "does not exist"),
 }
 
 

@@ -42,7 +42,7 @@ from tools.export import export, nhwc, read_onnx
 Figures = dict[str, float]
 
 CPU = torch.device("cpu")
-# What is compared with the plain loop augments by crop and flip alone.
+# Our side of the comparison with the plain loop: its only augmentation is crop and flip.
 COMPARED = Config(**PLAIN | {"flip": True, "crop_padding": 4, "ema": 0.999, "label_smoothing": 0.1}, images_per_class=0)
 
 
@@ -122,7 +122,7 @@ def time_input(loader: Any, device: torch.device) -> float:
 
 
 def time_plain(config: Config, device: torch.device) -> Figures:
-    """Images/s of the plain loop, NCHW float32, and of a loader without rotation whose every setting is tuned."""
+    """Images/s of the plain loop, NCHW float32, and of a tuned loader without rotation."""
     from torchvision import transforms as T
     from torchvision.datasets import CIFAR100
 
@@ -170,7 +170,7 @@ def time_ours(config: Config, device: torch.device) -> Figures:
 
 
 def measure_memory_and_grading(config: Config, device: torch.device) -> Figures:
-    """Peak memory in MiB of a start of training with a validation, and seconds to grade."""
+    """Peak memory in MiB of a short training with a validation, and seconds to grade."""
     _, model = train_ours(config, device, warmup=30, seconds=0)
     blank = torch.zeros(5_000, 3, data.SIDE, data.SIDE, dtype=torch.uint8, device=device)  # as many as are validated
     evaluate(model, blank, torch.zeros(len(blank), dtype=torch.long, device=device))
@@ -222,7 +222,7 @@ def in_process(function: Callable[..., Figures], *arguments: Any) -> Figures:
 
 
 def measure(device: torch.device, data_dir: str) -> Iterator[dict[str, Any]]:
-    """All figures, by and by. Raises UserError."""
+    """All figures, group by group. Raises UserError."""
     gpu = device.type == "cuda"
     yield utils.provenance(device)
     yield {f"{part}_operations": count for part, count in count_operations(Config(dataset="synthetic")).items()}

@@ -103,7 +103,7 @@ def diagram(sums: Tensor) -> str:
 
 
 def gallery(mistakes: list[Mistake]) -> str:
-    """Images, each above its class, the predicted class and that one's probability."""
+    """Images, each above its class, the predicted class and its probability."""
     from matplotlib.image import imsave
 
     html = ""
@@ -173,7 +173,7 @@ def report(path: Path, data_dir: str = Config.data_dir) -> tuple[str, float]:
         "Classes": "".join(table(("class", "correct"), classes[i : i + 25]) for i in range(0, len(classes), 25)),
         "Most confused pairs: true → predicted class, probability": pairs(mistakes),
         "Most confident mistakes: true → predicted class, probability": gallery(mistakes[:SHOWN_MISTAKES]),
-        cost: table(("stage", "output", "parameters", "bytes", "operations"), rows),
+        cost: table(("stage", "output", "parameters", "bytes", "multiply-adds"), rows),
     }
     main = "".join(f'<h2>{title}</h2><div class="grid">{html}</div>' for title, html in sections.items())
     title = f"{path.name} on {len(labels)} {about['dataset']} test images"

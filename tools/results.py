@@ -29,7 +29,7 @@ def record_run(run: Path, name: str, data_dir: str) -> Path:
     """Grade a run and write its record, log and curves. Returns the record's path. Raises UserError."""
     path = DOCS / "results" / f"{name}.json"
     if path.exists():
-        raise UserError(f"{path} is there, and a run is graded once: grading again means deleting the record")
+        raise UserError(f"{path} exists, and a run is graded once. To grade again, delete it")
     config = checkpoint.resumed_config(run, {})
     last, best = checkpoint.load(run / "last.pth"), checkpoint.load(run / "best.pth")
     if config.dataset != "cifar100" or config.images_per_class:
