@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import textwrap
 import zipfile
 from datetime import datetime
@@ -11,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import Config
+from config import PLAIN, Config
 from data import CLASSES, SIDE
 from model import Enlarge, build_model
 from utils import ROOT, UserError, atomic_write, one_line, shown
 
 History = list[dict[str, Any]]  # a dict per epoch with the columns of log.csv; None where nothing was measured
 
-FORMAT = 2  # of last.pth; models can be read from the files of format 1 too
 BEST = ROOT / "checkpoints" / "best.pth"  # the best of the latest run of our network on all of CIFAR-100
 PUBLISHED = ROOT / "checkpoints" / "published.pth"
 COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
@@ -28,7 +28,7 @@ COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "va
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write a dict of tensors, numbers, strings, lists and dicts, whole or not at all. Raises UserError."""
     archive = io.BytesIO()  # torch.save's writer would hide why a file cannot be written
-    torch.save({"format": FORMAT, **content}, archive)
+    torch.save(content, archive)
     atomic_write(path, lambda file: file.write(archive.getbuffer()))
 
 
@@ -44,7 +44,8 @@ def load(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a dict")
     except Exception as error:  # a damaged file raises nearly anything
-        reason = "it is damaged, or holds more than plain data"  # torch's own text advises to open it all the same
+        # torch's own text advises to open it all the same.
+        reason = "it is damaged, or holds more than plain data, as torch.save(model.state_dict(), FILE) writes it"
         if isinstance(error, ValueError | OSError):
             reason = one_line(error)
         raise UserError(f"{path} cannot be used: {reason}. Give another file") from error
@@ -54,13 +55,11 @@ def load(path: Path) -> dict[str, Any]:
 def check_archive(path: Path) -> None:
     """Raise ValueError or BadZipFile unless a file can be opened safely.
 
-    A zip archive, as torch writes it, must be whole and uncompressed (it could unpack to gigabytes), and need no code.
+    A zip archive, as torch writes it, must be whole and uncompressed: it could unpack to gigabytes.
     """
     with path.open("rb") as file:
-        start = file.read(512).lstrip()
-    if start.startswith(b"<"):
-        raise ValueError("it is a web page. Use the raw or download link of the file")
-    if not start.startswith(b"PK"):
+        start = file.read(2)
+    if start != b"PK":
         return  # torch.save's format before 2020, which torch.load checks itself
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -70,11 +69,6 @@ def check_archive(path: Path) -> None:
                 raise ValueError(f"{member.filename} in it is marked as a folder")
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} does not match its content")
-    if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
-        raise ValueError(
-            f"it needs {', '.join(sorted(code)[:3])}, and loading Python objects could run code; save plain tensors "
-            "and numbers, as torch.save(model.state_dict(), FILE) does"
-        )
 
 
 def tensors_in(content: Any, folder: str = "") -> dict[str, Tensor]:
@@ -100,7 +94,7 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, fine_tun
         found = ", ".join(list(tensors)[:3]) or "no tensors"
         raise UserError(f"{path} holds no weights of this model: there is no {first} in it, but {found}. Give another")
     # Of several state dicts, averaged weights come first, then those called weights.
-    prefix = min(prefixes, key=lambda prefix: (not ("ema" in prefix or "average" in prefix), "weights" not in prefix))
+    prefix = min(prefixes, key=lambda prefix: (not re.search("ema|average|swa", prefix), "weights" not in prefix))
     names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
     counters = ("total_ops", "total_params")  # thop's
     weights = {name: tensors[prefix + name] for name in names if "/" not in name and not name.endswith(counters)}
@@ -125,7 +119,7 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     assumed = {"model": "mobilenetv3", "image_size": 32, "dataset": "cifar100"}
     config = assumed | content["config"] if isinstance(content.get("config"), dict) else assumed
     try:
-        Config(**{name: config[name] for name in assumed}, pretrained=False)
+        Config(**PLAIN | {name: config[name] for name in assumed}, images_per_class=0)
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}. Give another file") from error
     model = build_model(config["model"], image_size=config["image_size"])
@@ -173,16 +167,13 @@ def resumed_config(folder: Path, given: dict[str, Any]) -> Config:
             f"cannot resume {folder}: there is no last.pth in it. Give the folder of a run; one that finished no epoch "
             "must be started again"
         )
-    content = load(folder / "last.pth")
-    if content.get("format") != FORMAT:
-        raise UserError(
-            f"cannot resume {folder}: an older version of the program wrote it. Its best.pth can be graded; "
-            f"to train on, start a new run with --weights {folder}/best.pth"
-        )
     try:
-        return Config(**content["config"] | given)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"cannot resume {folder}: its settings do not suit config.py, {one_line(error)}") from error
+        return Config(**load(folder / "last.pth")["config"] | given)
+    except (KeyError, TypeError, ValueError) as error:  # as of a run of an older version
+        raise UserError(
+            f"cannot resume {folder}: its settings do not suit config.py ({one_line(error)}). Its best.pth can be "
+            f"graded; to train on, start a new run with --weights {folder}/best.pth"
+        ) from error
 
 
 def restore(folder: Path, stateful: dict[str, Any]) -> History:

@@ -169,17 +169,18 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
             options |= {"type": absolute if "path" in f.metadata else f.type, "metavar": f.type.__name__.upper()}
         parser.add_argument(f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
-    if folder := given.pop("resume"):
-        if fixed := sorted(given.keys() - set(RESUMABLE)):
-            parser.error(
-                f"--resume allows only {', '.join(RESUMABLE)} with it, not {', '.join(fixed)}. "
-                f"For other settings or more epochs start a new run with --weights {folder}/best.pth"
-            )
-        return None, folder, given
+    folder = given.pop("resume")
+    if folder and (fixed := sorted(given.keys() - set(RESUMABLE))):
+        parser.error(
+            f"--resume allows only {', '.join(RESUMABLE)} with it, not {', '.join(fixed)}. "
+            f"For other settings or more epochs start a new run with --weights {folder}/best.pth"
+        )
     try:
         config = Config(**PRESETS.get(given.get("experiment", Config.experiment), {}) | given)
     except (TypeError, ValueError) as error:  # TypeError: a preset names an unknown setting
         parser.error(str(error))
+    if folder:
+        return None, folder, given
     if config.schedule == "step" and config.lr_step >= config.epochs and "lr_step" not in given:
         parser.error(
             f"lr_step {config.lr_step} is not below {config.epochs} epochs: give --lr_step too (0 = a third of the run)"

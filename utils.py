@@ -156,8 +156,7 @@ def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
         undo.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
         torch.backends.cudnn.benchmark = not deterministic  # shapes hardly change: cuDNN times its algorithms for each
         if deterministic:
-            mode = torch.get_deterministic_debug_mode()
-            undo.callback(torch.use_deterministic_algorithms, mode > 0, warn_only=mode == 1)
+            undo.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
             torch.use_deterministic_algorithms(True)
         yield

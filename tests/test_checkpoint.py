@@ -49,7 +49,7 @@ def test_a_flipped_bit_is_refused_or_harmless(path: Path) -> None:
             count += 1
             assert str(path) in str(error) and "\n" not in str(error)
         else:
-            assert same(opened, {"format": checkpoint.FORMAT, **CONTENT}), bit
+            assert same(opened, CONTENT), bit
     assert count > len(bits) / 2
 
 
@@ -57,7 +57,7 @@ def test_a_flipped_bit_is_refused_or_harmless(path: Path) -> None:
 @pytest.mark.parametrize("content", [Bomb(), {"weights": Bomb()}], ids=["bare", "nested"])
 def test_code_in_a_checkpoint_does_not_run(path: Path, content: Any, zipped: bool) -> None:
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    refused(path, r"builtins\.setattr|more than plain data")
+    refused(path, "more than plain data")
     assert not Bomb.exploded
 
 
@@ -74,8 +74,8 @@ def mark_as_folder(path: Path) -> None:
 
 
 WRONG_FILES = {
-    "html": (lambda path: path.write_text("\n<!DOCTYPE html><html></html>"), "web page"),
-    "class": (lambda path: torch.save(nn.Linear(1, 1), path), r"torch\.nn\.modules\.linear\.Linear"),
+    "html": (lambda path: path.write_text("<!DOCTYPE html><html></html>"), "damaged"),
+    "class": (lambda path: torch.save(nn.Linear(1, 1), path), "more than plain data"),
     "list": (lambda path: torch.save([torch.zeros(1)], path), "holds a list"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "damaged"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder"),
@@ -113,6 +113,7 @@ WRAPPINGS = {
     "nested": lambda weights: {"epoch": 3, "state_dict": weights, "optimizer": {"state": {0: {"m": torch.zeros(9)}}}},
     "prefixed": lambda weights: {"net": {f"module._orig_mod.{k}": v for k, v in weights.items()}, "best_acc": 70.1},
     "timm": lambda weights: {"arch": "any", "state_dict": zeros(weights), "state_dict_ema": weights, "version": 2},
+    "swa": lambda weights: {"model": zeros(weights), "swa_model": {f"module.{k}": v for k, v in weights.items()}},
     "last.pth": lambda weights: {"model": zeros(weights), "ema": {"model": weights, "updates": 3}},
     "thop": lambda weights: weights | {"total_ops": torch.zeros(1), "stem.0.total_params": torch.zeros(1)},
     "weights": lambda weights: {"model": zeros(weights), "weights": weights},
@@ -152,7 +153,10 @@ def test_fine_tuning_keeps_a_new_classifier(model: nn.Module) -> None:
     assert torch.equal(other.classifier.weight, own)
 
 
-def test_the_settings_of_a_checkpoint_choose_its_model(model: nn.Module, tmp_path: Path) -> None:
+def test_the_settings_of_a_checkpoint_choose_its_model(model: nn.Module, tmp_path: Path, monkeypatch: Any) -> None:
+    """An edit of the defaults, here one that makes them invalid, changes nothing."""
+    edited = asdict(TINY) | {"images_per_class": 20, "validation_per_class": 50}
+    monkeypatch.setattr(Config.__init__, "__defaults__", tuple(edited.values()))
     for wrong in ({"model": 3}, {"image_size": 10**9}, {"dataset": "imagenet"}):
         path = write_checkpoint(tmp_path / "any.pth", model, config=asdict(TINY) | wrong)
         with pytest.raises(UserError, match=f"any.pth cannot be used: {next(iter(wrong))}"):
@@ -165,7 +169,6 @@ def test_the_settings_of_a_checkpoint_choose_its_model(model: nn.Module, tmp_pat
 
 def test_a_run_that_cannot_be_resumed_is_one_line(tmp_path: Path) -> None:
     for content, reason in (
-        ({"format": 1}, "older version"),
         ({"config": asdict(TINY) | {"cutout": 8}}, "cutout"),
         ({}, "config"),
     ):

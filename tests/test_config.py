@@ -2,11 +2,10 @@
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from config import PLAIN, PRESETS, RESUMABLE, Config, describe, parse_command_line
+from config import PLAIN, PRESETS, Config, describe, parse_command_line
 from tests.helpers import TINY, flags
 
 NAMES = [f.name for f in fields(Config)]
@@ -87,7 +86,10 @@ def test_a_step_that_never_comes_is_refused_with_the_cure(capsys: pytest.Capture
 
 
 def test_resume_takes_what_may_change_and_says_how_to_train_longer(capsys: pytest.CaptureFixture) -> None:
-    given: dict[str, Any] = {name: value for name, value in asdict(TINY).items() if name in RESUMABLE}
+    names = ("device", "threads", "data_dir", "compile", "tensorboard")
+    given = {name: value for name, value in asdict(TINY).items() if name in names}
     assert parse_command_line(["--resume", "runs/x", *flags(given)]) == (None, Path("runs/x"), given)
-    line = refused(["--resume", "runs/x", "--epochs", "300"], capsys)
-    assert "not epochs" in line and "--weights runs/x/best.pth" in line
+    for name in set(NAMES) - set(names):
+        line = refused(["--resume", "runs/x", *flags({name: getattr(TINY, name)})], capsys)
+        assert f"not {name}. " in line and "--weights runs/x/best.pth" in line
+    assert "threads must be between" in refused(["--resume", "runs/x", "--threads=-1"], capsys)

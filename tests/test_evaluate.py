@@ -86,7 +86,8 @@ def test_the_repositorys_files_are_found_from_any_folder(
 
 def test_grading_leaves_the_process_as_it_was(tiny: Config, model: nn.Module, tmp_path: Path, other_code: None) -> None:
     path, settings, seen = write_checkpoint(tmp_path / "any.pth", model), process_settings(), []
-    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
+    parts = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    model.register_forward_pre_hook(lambda *_: seen.append([part.fp32_precision for part in parts]))
     evaluate.evaluate(model, *data.synthetic(1, 0))
-    assert seen == ["ieee"] and grade(path) == 0
+    assert seen == [["ieee", "ieee"]] and grade(path) == 0
     assert process_settings() == settings

@@ -50,7 +50,6 @@ def test_grade(network: tuple[int, str, int, int], request: pytest.FixtureReques
     assert validation is None or result["accuracy"] == pytest.approx(validation, abs=points), (
         f"its validation accuracy was {validation:.2f} %. If the network was edited since, train it: python train.py"
     )
-    assert result["accuracy"] <= result["top5"] <= 100
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -63,6 +63,13 @@ assert found() == before and "torchvision" not in sys.modules and "thop" not in 
         assert run(sys.executable, program, "-h").startswith(f"usage: {program} [-h] [--")
 
 
+def test_the_default_run_starts(cifar100: str, tmp_path: Path) -> None:
+    """Up to its first step."""
+    with started(*TRAIN, "--data_dir", cifar100, "--runs_dir", str(tmp_path)) as process:
+        wait_for(process, "Epoch 1/")
+        process.kill()
+
+
 def test_kill_at_any_moment_and_resume_is_bit_exact(config: Config, tmp_path: Path) -> None:
     """Killed three times, at random moments of an epoch."""
     config = replace(config, epochs=20)  # more than can pass before the third kill

@@ -241,8 +241,7 @@ def test_resume_is_bit_exact(tiny: Config, recipe: dict[str, Any], monkeypatch: 
     assert not same(states(train.train(replace(config, seed=1))), states(whole))
 
 
-STOPS = {  # where, and in which call: in the second epoch or after it
-    "validation": (train, "evaluate", 2),
+STOPS = {  # where, and in which call: after the second epoch's last step
     "best.pth": (os, "replace", 4),
     "log.csv": (os, "replace", 5),
     "last.pth": (os, "replace", 6),

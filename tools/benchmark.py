@@ -1,4 +1,4 @@
-"""Count the operations of a training step, and time step, input, grading and start: python -m tools.benchmark.
+"""Count the operations of a training step, and time step, input and grading: python -m tools.benchmark.
 
 Step and input are compared with the loop that CIFAR-100 users copy: PIL transforms (it also rotates) in a DataLoader,
 SGD, two .item() per step (its prints and TensorBoard scalars left out). Needs CIFAR-100, and about three minutes on
@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -157,7 +156,7 @@ def train_ours(config: Config, device: torch.device, warmup: int = 4, seconds: f
     ema, optimizer = train.EMA(model, config.ema), train.build_optimizer(model, config)
     wrapped_model = torch.compile(model, dynamic=False, mode="reduce-overhead") if config.compile else model
     with utils.torch_settings(config.threads, config.deterministic):
-        train.train_one_epoch(wrapped_model, loader, train.build_criterion(config, device), optimizer, ema, config.amp)
+        train.train_one_epoch(wrapped_model, loader, train.build_criterion(config, device), optimizer, ema, amp=False)
     return loader, ema.model
 
 
@@ -204,17 +203,6 @@ def median_seconds(call: Callable[[], Any], repeat: int) -> float:
     return statistics.median(timeit.repeat(call, number=1, repeat=repeat))
 
 
-def start(device: torch.device, data_dir: str) -> None:
-    """Run train.py until its first step begins. Raises UserError if it ends before."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-u", str(utils.ROOT / "train.py"), "--device", str(device), "--data_dir", data_dir]
-        with subprocess.Popen([*command, "--runs_dir", folder], stdout=subprocess.PIPE, text=True) as process:
-            started = any(line.startswith("Epoch 1/") for line in process.stdout)
-            process.kill()
-    if not started:
-        raise utils.UserError(f"{' '.join(command)} failed")
-
-
 def in_process(function: Callable[..., Figures], *arguments: Any) -> Figures:
     """What a function returns in a process of its own, which no other contender's settings reach."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -227,7 +215,6 @@ def measure(device: torch.device, data_dir: str) -> Iterator[dict[str, Any]]:
     yield utils.provenance(device)
     yield {f"{part}_operations": count for part, count in count_operations(Config(dataset="synthetic")).items()}
     yield in_process(measure_memory_and_grading, Config(data_dir=data_dir), device)
-    yield {"start_seconds": median_seconds(lambda: start(device, data_dir), 3)}
     yield in_process(measure_latency, default_checkpoint(), data_dir)
     for batch_size in (512, 128) if gpu else (128,):
         config = replace(COMPARED, batch_size=batch_size, data_dir=data_dir)
@@ -237,7 +224,7 @@ def measure(device: torch.device, data_dir: str) -> Iterator[dict[str, Any]]:
         speeds = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
         speeds |= in_process(time_ours, replace(config, compile=True), device) if gpu else {}
         yield {f"{name}_images_per_second_{batch_size}": speed for name, speed in speeds.items()}
-    yield {"train_cpu_ratio": None} | {f"train_{device.type}_ratio": speeds["ours"] / speeds["plain"]}
+    yield {f"train_{device.type}_ratio": speeds["ours"] / speeds["plain"]}
     yield {"pipeline_ratio": speeds["our_input"] / speeds["plain_input"]}
 
 

@@ -142,7 +142,7 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir, int8: bool
     for name in ("onnx", "onnxscript", "onnxruntime"):
         import_module(name)  # raises ModuleNotFoundError at once and not after a minute
     model, about = open_checkpoint(source)
-    properties = {name: value or "unknown" for name, value in about.items()} | {"labels": json.dumps(NAMES)}
+    properties = about | {"labels": json.dumps(NAMES)}
     images = data.synthetic(2, seed=0).images
     expected = predict_logits(model, images).softmax(1)
     with quiet():

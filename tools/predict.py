@@ -15,7 +15,7 @@ from evaluate import default_checkpoint, predict_logits
 from tools.labels import NAMES
 from utils import one_line, program, shown
 
-About = dict[str, str | None]  # what a checkpoint is; None if it does not say
+About = dict[str, str]  # what a checkpoint is
 
 
 def read(path: Path) -> Tensor:
@@ -44,13 +44,12 @@ def open_checkpoint(path: Path) -> tuple[nn.Module, About]:
     config = content["config"]
     about = {"checkpoint": shown(path), "experiment": config.get("experiment"), "date": content.get("date")}
     about |= {"dataset": config["dataset"]}
-    return model, {name: None if value is None else str(value) for name, value in about.items()}
+    return model, {name: str(value or "unknown") for name, value in about.items()}
 
 
 def describe_checkpoint(about: About) -> str:
     """One line: which checkpoint this is."""
-    known = {name: value or "unknown" for name, value in about.items()}
-    return "{checkpoint} (experiment {experiment}, date {date}, dataset {dataset})".format(**known)
+    return "{checkpoint} (experiment {experiment}, date {date}, dataset {dataset})".format(**about)
 
 
 def top5(model: nn.Module, image: Tensor) -> list[tuple[str, float]]:
