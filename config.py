@@ -175,8 +175,10 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
             f"--resume allows only {', '.join(RESUMABLE)} with it, not {', '.join(fixed)}. "
             f"For other settings or more epochs start a new run with --weights {folder}/best.pth"
         )
+    # A resumed run has its own settings: only its flags are checked here, whatever the defaults are.
+    preset = PLAIN | {"images_per_class": 0} if folder else PRESETS.get(given.get("experiment", Config.experiment), {})
     try:
-        config = Config(**PRESETS.get(given.get("experiment", Config.experiment), {}) | given)
+        config = Config(**preset | given)
     except (TypeError, ValueError) as error:  # TypeError: a preset names an unknown setting
         parser.error(str(error))
     if folder:

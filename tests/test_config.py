@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,7 +86,10 @@ def test_a_step_that_never_comes_is_refused_with_the_cure(capsys: pytest.Capture
     assert parse_command_line([*short, "--lr_step", "40"])[0].lr_step == 40, "wanted"
 
 
-def test_resume_takes_what_may_change_and_says_how_to_train_longer(capsys: pytest.CaptureFixture) -> None:
+def test_resume_takes_what_may_change_and_says_how_to_train_longer(capsys: Any, monkeypatch: Any) -> None:
+    """Also beside defaults that contradict each other."""
+    edited = asdict(TINY) | {"images_per_class": 20, "validation_per_class": 50}
+    monkeypatch.setattr(Config.__init__, "__defaults__", tuple(edited.values()))
     names = ("device", "threads", "data_dir", "compile", "tensorboard")
     given = {name: value for name, value in asdict(TINY).items() if name in names}
     assert parse_command_line(["--resume", "runs/x", *flags(given)]) == (None, Path("runs/x"), given)
