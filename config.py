@@ -138,15 +138,19 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
 
 
-def absolute(text: str) -> str:
-    """A path of the command line; "none" stays."""
-    return text if text in ("none", "") else str(Path(text).absolute())
+def flag_path(text: str) -> str:
+    """A path of the command line as Config has it: absolute, or relative to the repository if it lies in it, so that
+    a run can be resumed in another place. "none" stays."""
+    path, root = Path(text).absolute(), Path(__file__).parent
+    if path.is_relative_to(root):
+        path = path.relative_to(root)
+    return text if text in ("none", "") else str(path)
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
-    """The flag --data_dir of a program that reads the data set: an absolute path."""
-    default = str(Path(__file__).parent / Config.data_dir)
-    parser.add_argument("--data_dir", type=absolute, default=default, help="folder of the data set [%(default)s]")
+    """The flag --data_dir of a program that reads the data set."""
+    default = str(Path(__file__).parent / Config.data_dir)  # argparse takes it for a path in a flag
+    parser.add_argument("--data_dir", type=flag_path, default=default, help="folder of the data set [%(default)s]")
 
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Path | None, dict[str, Any]]:
@@ -166,7 +170,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
         elif choices := tuple(PRESETS) if f.name == "experiment" else f.metadata.get("choices"):
             options |= {"choices": choices}
         else:
-            options |= {"type": absolute if "path" in f.metadata else f.type, "metavar": f.type.__name__.upper()}
+            options |= {"type": flag_path if "path" in f.metadata else f.type, "metavar": f.type.__name__.upper()}
         parser.add_argument(f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
     folder = given.pop("resume")

@@ -15,7 +15,6 @@ import checkpoint
 import data
 from config import PLAIN, Config
 from model import BlockConfig, Hardswish, ReLU
-from utils import ROOT
 
 # What thop counts for the published network, its size in kB, its parameters, and a checksum of its modules' names, as
 # activations count for nothing in the others. The only place in the tests.
@@ -26,7 +25,7 @@ PUBLISHED = (11_776_320, "3814.391", 966_412, 3_010_732_822)
 TINY = Config(
     **PLAIN | {"epochs": 2, "batch_size": 16, "lr": 3e-3, "lr_step": 1, "lr_gamma": 0.5, "validation_per_class": 1},
     experiment="default", dataset="synthetic", images_per_class=3, seed=0, device="cpu", threads=1, compile=False,
-    deterministic=False, tensorboard=False, data_dir=str(ROOT / "data"), runs_dir=str(ROOT / "runs"),
+    deterministic=False, tensorboard=False, data_dir="/nowhere/data", runs_dir="/nowhere/runs",
 )  # fmt: skip
 SMALL_BLOCKS = (
     BlockConfig(8, 3, 2, 16, True, ReLU),

@@ -8,6 +8,7 @@ import pytest
 
 from config import PLAIN, PRESETS, Config, describe, parse_command_line
 from tests.helpers import TINY, flags
+from utils import ROOT
 
 NAMES = [f.name for f in fields(Config)]
 RECIPE = NAMES[: NAMES.index("experiment")]
@@ -71,7 +72,15 @@ def test_flags_override_a_preset_and_a_preset_the_defaults() -> None:
     assert given == RUN | {"experiment": "result6", "epochs": 50, "flip": True}
     assert f"{describe(config)}, ".startswith("result6, epochs=50, flip=True, ")
     assert parse_command_line(flags(TINY))[0] == TINY
-    assert parse_command_line(flags(TINY, weights="a.pth"))[0].weights == str(Path("a.pth").absolute())
+
+
+def test_a_path_in_a_flag_is_relative_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the repository it is kept relative to it, so that a copy of the repository can resume the run."""
+    monkeypatch.chdir(ROOT / "checkpoints")
+    assert parse_command_line(flags(TINY, teacher="teacher.pth"))[0].teacher == PRESETS["taught"]["teacher"]
+    monkeypatch.chdir(tmp_path)
+    assert parse_command_line(flags(TINY, weights="a.pth"))[0].weights == str(tmp_path / "a.pth")
+    assert parse_command_line(flags(TINY))[0].weights == "none"
 
 
 def test_a_wrong_command_line_is_one_line_and_code_2(capsys: pytest.CaptureFixture) -> None:

@@ -109,6 +109,9 @@ def test_pages_follow_the_records(docs: Path, capsys: pytest.CaptureFixture) -> 
     page = docs / "results.md"
     page.write_text(page.read_text().replace("<!-- /runs -->", ""))
     assert results.main(["--check"]) == 1 and "lack markers" in capsys.readouterr().err
+    other = json.dumps(taught | {"config": taught["config"] | {"lr": 0.1}})
+    (docs / "results" / "default-1.json").write_text(other.replace('"taught"', '"default-1"'))
+    assert results.main([]) == 1 and "different settings" in capsys.readouterr().err
 
 
 def test_records_agree_with_their_logs() -> None:

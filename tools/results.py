@@ -151,6 +151,8 @@ def write_pages(check: bool) -> None:
     `check` only compare. Raises UserError."""
     records = read_records()
     default = [records[name] for name in sorted(records) if re.fullmatch(r"default-\d+", name)]
+    if any(record["config"] != default[0]["config"] for record in default):
+        raise UserError("the records default-N have different settings. Give those of another recipe another name")
     tables = make_tables(records, default)
     marked = re.compile(rf"(<!-- ({'|'.join(tables)}) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
     pages = {path: path.read_text("utf-8") for path in (README, DOCS / "results.md")}
