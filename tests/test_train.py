@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,9 @@ def test_a_run_trains_on_its_training_images_and_validates_the_ema_on_the_others
 
 def test_a_run_prints_its_epochs_and_writes_its_files_whole(tiny: Config, whole_files: set[int], capsys) -> None:
     config = replace(tiny, epochs=3, lr=0.01, lr_step=1, lr_gamma=0.5, runs_dir=f"{tiny.runs_dir} of $me")
+    start = time.perf_counter()
     assert train.main(flags(config)) == 0
+    took = time.perf_counter() - start
     printed, folder = capsys.readouterr().out, run_of(config)
     number = r"Loss: \d+\.\d{4}, (Train|Validation) Accuracy: \d+\.\d\d%"
     epoch = rf"Epoch \d/3\nTrain {number}\nValidation {number}\n(Saved Best Model\n)?Learning Rate: 0\.\d{{6}}\n"
@@ -205,6 +208,9 @@ def test_a_run_prints_its_epochs_and_writes_its_files_whole(tiny: Config, whole_
     command = shlex.split(printed.splitlines()[-1].partition(": ")[2])
     assert command == ["python", "evaluate.py", "--checkpoint", str(folder / "best.pth")]
     assert [row["lr"] for row in log_rows(folder)] == [0.01, 0.005, 0.0025], "the rate that the epoch used"
+    history = last(folder)["history"]
+    assert 0 < sum(row["seconds"] for row in history) < took
+    assert all(row["images_per_second"] > 192 / row["seconds"] for row in history), "training alone is timed"
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert {path.stat().st_ino for path in folder.iterdir()} <= whole_files
 
