@@ -144,15 +144,6 @@ def test_weights_that_do_not_fit_name_the_first_tensors_that_differ(model: nn.Mo
         assert "\n" not in str(caught.value)
 
 
-def test_fine_tuning_keeps_a_new_classifier(model: nn.Module) -> None:
-    weights = model.state_dict() | {"classifier.weight": torch.zeros(10, 960), "classifier.bias": torch.zeros(10)}
-    other = models.MobileNetV3()
-    own = other.classifier.weight.clone()
-    checkpoint.load_weights(other, weights, Path("any.pth"), fine_tune=True)
-    assert torch.equal(other.head[0].weight, model.head[0].weight)
-    assert torch.equal(other.classifier.weight, own)
-
-
 def test_the_settings_of_a_checkpoint_choose_its_model(model: nn.Module, tmp_path: Path, monkeypatch: Any) -> None:
     """An edit of the defaults, here one that makes them invalid, changes nothing."""
     edited = asdict(TINY) | {"images_per_class": 20, "validation_per_class": 50}
