@@ -76,6 +76,7 @@ def test_five_classes_per_image_and_a_line_per_error(
     assert {line.split(" %  ")[1] for line in rest[1:6]} <= set(NAMES)
     missing, text = output.err.splitlines()
     assert "none.png: No such file" in missing and "text.jpg: cannot identify image file" in text
+    assert predict.main([str(path), "--checkpoint", str(source)]) == 0
 
 
 def test_no_nan_is_printed(model: nn.Module, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
