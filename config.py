@@ -141,7 +141,7 @@ class OneLineParser(argparse.ArgumentParser):
 def flag_path(text: str) -> str:
     """A path of the command line as Config has it: absolute, or relative to the repository if it lies in it, so that
     a run can be resumed in another place. "none" stays."""
-    path, root = Path(text).absolute(), Path(__file__).parent
+    path, root = Path(text).absolute(), Path(__file__).resolve().parent
     if path.is_relative_to(root):
         path = path.relative_to(root)
     return text if text in ("none", "") else str(path)
