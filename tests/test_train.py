@@ -354,13 +354,13 @@ def test_a_run_does_not_need_to_write_checkpoints(real: Config, capsys: pytest.C
 def test_a_run_has_its_settings_and_leaves_none_behind(tiny: Config, other_code: None, monkeypatch: Any) -> None:
     """In a program with settings of its own. Also in a thread, which may set no signal handler."""
     settings, codes, found, validate = process_settings(), [], [], evaluate.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a: found.append(process_settings()[:3]) or validate(*a))
+    monkeypatch.setattr(train, "evaluate", lambda *a: found.append(process_settings()[:4]) or validate(*a))
     words = flags(replace(tiny, epochs=1, deterministic=True, threads=torch.get_num_threads() + 1))
     thread = threading.Thread(target=lambda: codes.append(train.main(words)))
     thread.start()
     thread.join()
     assert [*codes, train.main(words)] == [0, 0]
-    assert found == [(settings[0] + 1, True, True)] * 2, "threads, deterministic, denormals flushed"
+    assert found == [(settings[0] + 1, True, True, False)] * 2, "threads, deterministic, denormals, cuDNN's benchmark"
     assert process_settings() == settings
 
 
