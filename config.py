@@ -140,7 +140,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def flag_path(text: str) -> str:
     """A path of the command line as Config has it: absolute, or relative to the repository if it lies in it, so that
-    a run can be resumed in another place. "none" stays."""
+    a copy of the repository can resume the run. "none" stays."""
     path, root = Path(text).absolute(), Path(__file__).resolve().parent
     if path.is_relative_to(root):
         path = path.relative_to(root)
@@ -149,7 +149,7 @@ def flag_path(text: str) -> str:
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
     """The flag --data_dir of a program that reads the data set."""
-    default = str(Path(__file__).parent / Config.data_dir)  # argparse takes it for a path in a flag
+    default = str(Path(__file__).parent / Config.data_dir)  # argparse passes it to flag_path too
     parser.add_argument("--data_dir", type=flag_path, default=default, help="folder of the data set [%(default)s]")
 
 
