@@ -112,12 +112,14 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, fine_tun
 def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a checkpoint in eval mode, and the file's content. Raises UserError.
 
-    The content's config has at least model, image_size and dataset. A file that does not say them is taken as our
-    network for CIFAR-100.
+    The content's config has at least model, image_size and dataset. A file that this project did not write is taken as
+    our network for CIFAR-100.
     """
     content = load(path)
     assumed = {"model": "mobilenetv3", "image_size": 32, "dataset": "cifar100"}
-    config = assumed | content["config"] if isinstance(content.get("config"), dict) else assumed
+    config = content.get("config")
+    ours = isinstance(config, dict) and "experiment" in config  # other programs save a config with other names too
+    config = assumed | config if ours else assumed
     try:
         Config(**PLAIN | {name: config[name] for name in assumed}, images_per_class=0)
     except ValueError as error:

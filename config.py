@@ -80,8 +80,6 @@ class Config:
                 raise ValueError(f"{f.name} must be one of {', '.join(limits['choices'])}, not {value!r}")
             if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
                 raise ValueError(f"{f.name} {value!r} does not match: {limits['help']}")
-            if "path" in limits and not value:
-                raise ValueError(f"{f.name} must not be empty")
         if 0 < self.images_per_class <= self.validation_per_class:
             raise ValueError(
                 f"images_per_class {self.images_per_class} must be above validation_per_class "
@@ -91,8 +89,8 @@ class Config:
             raise ValueError("pretrained needs a timm model: there are no ImageNet weights of mobilenetv3")
 
 
-# A recipe without any technique: the base of the presets that an edit of a default must not change. A new setting of
-# the recipe needs its value here too.
+# A recipe without any technique. The presets that start from it stay as they are if a default is edited. A new setting
+# of the recipe needs its value here too.
 PLAIN: dict[str, Any] = {
     "model": "mobilenetv3", "image_size": 32, "pretrained": False, "weights": "none", "epochs": 100, "batch_size": 128,
     "optimizer": "adamw", "lr": 1e-2, "weight_decay": 1e-4, "decay_norms": True, "schedule": "step", "lr_step": 35,
@@ -100,10 +98,10 @@ PLAIN: dict[str, Any] = {
     "flip": False, "crop_padding": 0, "trivial_augment": 0.0, "mixup": 0.0, "cutmix": 0.0, "validation_per_class": 50,
     "amp": False,
 }  # fmt: skip
-# `sgd` and `taught` start from the defaults above. `taught` needs requirements-tools.txt, and a GPU for its teacher,
-# which computes at 128 pixels in every step. result1 to result6 are the experiments of the report: batch size, weight
-# decay (given for result5 only), no augmentation and the place of the dropout are assumed. `teacher` fine-tunes an
-# ImageNet network.
+# `sgd` and `taught` start from the defaults above. `taught` needs requirements-tools.txt. Without a GPU it is slow, as
+# its teacher computes at 128 pixels in every step. result1 to result6 are the experiments of the report: batch size,
+# weight decay (given for result5 only), no augmentation and the place of the dropout are assumed. `teacher` fine-tunes
+# an ImageNet network.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "sgd": {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 2},
@@ -144,7 +142,7 @@ def flag_path(text: str) -> str:
     path, root = Path(text).absolute(), Path(__file__).resolve().parent
     if path.is_relative_to(root):
         path = path.relative_to(root)
-    return text if text in ("none", "") else str(path)
+    return text if text == "none" else str(path)
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ class UserError(Exception):
 
 def program(name: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
     """Decorate a `main`, so that it returns an exit code: a UserError, an OSError or a missing package prints one
-    line on stderr and returns 1, Ctrl-C and SIGTERM return 130. It also keeps freed memory."""
+    line on stderr and returns 1, KeyboardInterrupt returns 130. It also keeps freed memory."""
 
     def decorate(main: Callable[..., int | None]) -> Callable[..., int]:
         @functools.wraps(main)

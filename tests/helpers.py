@@ -69,7 +69,7 @@ def last(folder: Path) -> dict[str, Any]:
 
 
 def states(folder: Path) -> dict[str, Any]:
-    """All that a run goes on with."""
+    """All that a run is resumed from."""
     return {name: last(folder)[name] for name in ("model", "ema", "optimizer", "scheduler")}
 
 

@@ -117,6 +117,7 @@ WRAPPINGS = {
     "last.pth": lambda weights: {"model": zeros(weights), "ema": {"model": weights, "updates": 3}},
     "thop": lambda weights: weights | {"total_ops": torch.zeros(1), "stem.0.total_params": torch.zeros(1)},
     "weights": lambda weights: {"model": zeros(weights), "weights": weights},
+    "config": lambda weights: {"config": {"model": "MobileNetV3", "dataset": "CIFAR100"}, "model": weights},
     "format 1": lambda weights: {"state": {"network": zeros(weights), "average": weights}},
 }
 
@@ -154,6 +155,7 @@ def test_the_settings_of_a_checkpoint_choose_its_model(model: nn.Module, tmp_pat
             checkpoint.load_model(path)
     pytest.importorskip("timm")
     other, config = models.build_model("test_vit", image_size=160), {"model": "test_vit", "image_size": 160}
+    config |= {"experiment": "default"}
     loaded, _ = checkpoint.load_model(write_checkpoint(tmp_path / "timm.pth", other[1], config=config))
     assert same(loaded.state_dict(), other.state_dict()) and loaded[0](torch.zeros(1, 3, 32, 32)).shape[-1] == 160
 

@@ -55,7 +55,7 @@ def test_onnx_gives_the_checkpoints_probabilities(
 
 @pytest.mark.slow
 def test_int8_of_the_published_checkpoint(
-    published: Path, cifar100: str, images: Tensor, tmp_path: Path, onnx_packages: None, capsys: pytest.CaptureFixture
+    published: Path, cifar100: str, tmp_path: Path, onnx_packages: None, capsys: pytest.CaptureFixture
 ) -> None:
     import onnx
 
@@ -69,9 +69,6 @@ def test_int8_of_the_published_checkpoint(
     onnx.checker.check_model(file, full_check=True)
     weights = [onnx.numpy_helper.to_array(row) for row in file.graph.initializer if row.data_type == 3]  # int8
     assert 32 < max(abs(int(array.min())) for array in weights if array.size > 1_000) <= 64  # reduce_range: 7 bits
-    run = export.read_onnx(path.read_bytes())
-    inputs = export.nhwc(images[:5])
-    torch.testing.assert_close(torch.cat([run(x[None]) for x in inputs]), run(inputs), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_known_predictions_are_counted_right(
     """Both apples taken for mushrooms, of the same superclass, one worm for an apple, all else right."""
     predicted = test_set.labels.clone()
     predicted[:2], predicted[-1] = labels.NAMES.index("mushroom"), 0
-    logits = torch.cat([9.0 + torch.arange(200)[:, None] / 100]) * nn.functional.one_hot(predicted, 100)
+    logits = (9.0 + torch.arange(200)[:, None] / 100) * nn.functional.one_hot(predicted, 100)
     monkeypatch.setattr(evaluate, "predict_logits", lambda model, images: logits)
     page, accuracy = report.report(write_checkpoint(tmp_path / "any.pth", model))
     assert accuracy == pytest.approx(98.5)

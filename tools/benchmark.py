@@ -7,7 +7,6 @@ two CPU cores.
 
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -170,6 +169,8 @@ def time_ours(config: Config, device: torch.device) -> Figures:
 
 def measure_memory_and_grading(config: Config, device: torch.device) -> Figures:
     """Peak memory in MiB of a short training with a validation, and seconds to grade."""
+    import resource  # here, as Windows lacks it
+
     _, model = train_ours(config, device, warmup=30, seconds=0)
     blank = torch.zeros(5_000, 3, data.SIDE, data.SIDE, dtype=torch.uint8, device=device)  # as many as are validated
     evaluate(model, blank, torch.zeros(len(blank), dtype=torch.long, device=device))

@@ -1,4 +1,4 @@
-"""Compare runs: python -m tools.curves RUN [RUN ...] draws their loss and accuracy and prints a table."""
+"""Compare runs, or logs as in docs/logs/: python -m tools.curves RUN [RUN ...] draws them and prints a table."""
 
 import statistics
 import sys
@@ -29,16 +29,16 @@ def table(runs: dict[str, History]) -> str:
 @program("tools.curves")
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m tools.curves", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders or logs")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write [%(default)s]")
     arguments = parser.parse_args(argv)
-    runs = {str(folder): read_log(folder / "log.csv") for folder in arguments.runs}
+    runs = {str(run): read_log(run if run.suffix == ".csv" else run / "log.csv") for run in arguments.runs}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     draw_curves(runs, arguments.output)
     print(table(runs))
-    for folder in arguments.runs:
+    for run in arguments.runs:
         with suppress(UserError):  # it has no last.pth that this version of the program can read
-            print(f"{folder}: {describe(resumed_config(folder, {}))}")
+            print(f"{run}: {describe(resumed_config(run, {}))}")
     print(f"Drawn to {arguments.output}")
 
 

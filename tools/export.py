@@ -164,7 +164,7 @@ def export(path: Path, source: Path, data_dir: str = Config.data_dir, int8: bool
 
 @program("tools.export")
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(prog="python -m tools.export", description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="python -m tools.export", description=__doc__)
     parser.add_argument("file", type=Path, help="to write: NAME.onnx")
     parser.add_argument("--int8", action="store_true", help="quantise to int8: a third of the size")
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")

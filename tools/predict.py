@@ -60,7 +60,7 @@ def top5(model: nn.Module, image: Tensor) -> list[tuple[str, float]]:
 
 @program("tools.predict")
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(prog="python -m tools.predict", description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="python -m tools.predict", description=__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="any image file that PIL opens")
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
     arguments = parser.parse_args(argv)

@@ -44,14 +44,14 @@ def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]
     return 100 * (centre - spread) / (count + z * z), 100 * (centre + spread) / (count + z * z)
 
 
-def calibration(confidence: Tensor, correct: Tensor, bins: int = BINS) -> tuple[float, Tensor]:
+def calibration(confidence: Tensor, correct: Tensor) -> tuple[float, Tensor]:
     """Expected calibration error (Guo et al., 2017) of predictions (N,).
 
-    Also each bin's images, correct images and summed confidence, (3, bins). Bin m holds confidences above m / bins,
-    up to (m + 1) / bins.
+    Also each bin's images, correct images and summed confidence, (3, BINS). Bin m holds confidences above m / BINS,
+    up to (m + 1) / BINS.
     """
-    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    sums = torch.stack([index.bincount(weight, bins) for weight in (torch.ones_like(correct), correct, confidence)])
+    index = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    sums = torch.stack([index.bincount(weight, BINS) for weight in (torch.ones_like(correct), correct, confidence)])
     return ((sums[1] - sums[2]).abs().sum() / len(index)).item(), sums
 
 
@@ -89,12 +89,12 @@ def png(file: io.BytesIO, description: str) -> str:
 
 
 def diagram(sums: Tensor) -> str:
-    """The reliability diagram of what `calibration` summed, (3, bins)."""
+    """The reliability diagram of what `calibration` summed, (3, BINS)."""
     from matplotlib.figure import Figure  # here, as its import takes a second
 
-    bins, (accuracy, confidence) = sums.shape[1], (sums[1:] / sums[0]).numpy()  # NaN, not drawn, in an empty bin
+    accuracy, confidence = (sums[1:] / sums[0]).numpy()  # NaN, not drawn, in an empty bin
     axes = Figure(layout="constrained").subplots(subplot_kw={"xlabel": "confidence", "ylabel": "accuracy"})
-    axes.bar([(i + 0.5) / bins for i in range(bins)], accuracy, 0.9 / bins, color="#0072b2", label="accuracy")
+    axes.bar([(i + 0.5) / BINS for i in range(BINS)], accuracy, 0.9 / BINS, color="#0072b2", label="accuracy")
     axes.plot(confidence, accuracy, "o", color="#d55e00", label="accuracy at the mean confidence")
     axes.plot((0, 1), (0, 1), "--", color="0.5", label="perfect calibration")
     axes.legend(loc="upper left")
