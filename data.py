@@ -105,12 +105,11 @@ def normalise(images: Tensor) -> Tensor:
 def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """The factor and the summand of `normalise`, each as a whole image (1, 3, 32, 32): broadcasting three numbers
     along the fastest dimension takes a CPU five times as long."""
-    with torch.inference_mode(False):  # otherwise no gradient passes if the first call is in inference mode
-        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
-        return tuple(
-            value.expand(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
-            for value in (1 / (255 * std), -mean / std)
-        )
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return tuple(
+        value.expand(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
+        for value in (1 / (255 * std), -mean / std)
+    )
 
 
 def read(path: Path, name: str) -> np.ndarray:

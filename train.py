@@ -196,7 +196,7 @@ def train(config: Config, folder: Path | None = None) -> Path | None:
             from torch.utils.tensorboard import SummaryWriter  # optional
         if main_process and not resumed:
             folder = checkpoint.new_run(config)
-        writer = SummaryWriter(folder, purge_step=len(history) + 1) if config.tensorboard and main_process else None
+        writer = SummaryWriter(folder) if config.tensorboard and main_process else None
         about = {"config": asdict(config), **utils.provenance(device)}  # read now, and with it the commit that trains
         print(f"Training {describe(config)} on {len(loader.labels)} {config.dataset} images")
         print(f"{config.epochs - len(history)} epochs left, on {about['machine']}\nRun folder: {folder}", flush=True)

@@ -90,7 +90,7 @@ def test_a_wrong_command_line_is_one_line_and_code_2(capsys: pytest.CaptureFixtu
 
 
 def test_a_step_that_never_comes_is_refused_with_the_cure(capsys: pytest.CaptureFixture) -> None:
-    short = flags(RUN, experiment="result1", epochs=20)
+    short = flags(RUN, experiment="result1", epochs=40)
     assert "give --lr_step" in refused(short, capsys)
     assert parse_command_line([*short, "--lr_step", "40"])[0].lr_step == 40, "wanted"
 
