@@ -1,10 +1,13 @@
 """The report: its figures against values computed by hand, and a page that needs nothing but itself."""
 
+import io
 import re
+from base64 import b64decode
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import nn
 
 import data
@@ -28,11 +31,11 @@ def test_wilson_interval_equals_known_values() -> None:
 
 
 def test_calibration_error_equals_hand_computed_values() -> None:
-    confidence = torch.tensor([0.9, 0.9, 0.5, 0.05, 1.0], dtype=torch.float64)
+    confidence = torch.tensor([0.9, 0.9, 0.5, 0.2, 1.0], dtype=torch.float64)
     correct = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     error, sums = report.calibration(confidence, correct)
-    assert error == pytest.approx((abs(1 - 1.8) + abs(1 - 0.5) + 0.05 + 0) / 5)
-    assert sums.shape == (3, 15) and sums[0].nonzero().flatten().tolist() == [0, 7, 13, 14]
+    assert error == pytest.approx((abs(1 - 1.8) + abs(1 - 0.5) + 0.2 + 0) / 5)
+    assert sums.shape == (3, 15) and sums[0].nonzero().flatten().tolist() == [2, 7, 13, 14]
 
 
 def test_stages_add_up_to_the_model(model: nn.Module) -> None:
@@ -56,7 +59,7 @@ def test_page_is_complete_and_needs_no_other_file(
     assert capsys.readouterr().out.splitlines() == [str(output), f"Accuracy = {scores.top1:.2f} %"]
     page = output.read_text()
     assert str(path).replace("<", "&lt;") in page and "experiment default, date 2026-01-01" in page
-    assert "://" not in page and "<script" not in page and "url(" not in page and "<link" not in page
+    assert not any(text in page for text in ("://", "<script", "url(", "<link", "a<b"))
     assert set(re.findall(r'(?:src|href|srcset)="([^"]{,22})', page)) == {"data:image/png;base64,"}
     assert page.count("<img") == page.count('<img alt="') and '<html lang="en">' in page
     names = [*labels.NAMES, *labels.SUPERCLASSES]
@@ -85,5 +88,8 @@ def test_known_predictions_are_counted_right(
     assert percents["non-insect_invertebrates"] == ["90.00", "90.00"]
     assert (percents["apple"], percents["worm"], percents["bear"]) == (["0.00"], ["50.00"], ["100.00"])
     assert re.findall("<h3>(.*?)</h3>", page) == ["apple and mushroom: 2", "apple and worm: 1"]
-    captions = re.findall(r"<figcaption>(.*?),", page.split("Most confident mistakes")[1])
+    mistakes = page.split("Most confident mistakes")[1]
+    captions = re.findall(r"<figcaption>(.*?),", mistakes)
     assert captions == ["worm → apple", *["apple → mushroom"] * 2]  # the worm's logit is the largest
+    worm = imread(io.BytesIO(b64decode(re.findall('base64,(.*?)"', mistakes)[0])), "png")  # RGBA of 0 to 1
+    assert (255 * worm[:, :, :3]).round().tolist() == test_set.images[-1].permute(1, 2, 0).tolist()
