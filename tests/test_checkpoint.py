@@ -153,6 +153,9 @@ def test_the_settings_of_a_checkpoint_choose_its_model(model: nn.Module, tmp_pat
         path = write_checkpoint(tmp_path / "any.pth", model, config=asdict(TINY) | wrong)
         with pytest.raises(UserError, match=f"any.pth cannot be used: {next(iter(wrong))}"):
             checkpoint.load_model(path)
+    model.stem[1].running_var.fill_(-1)
+    with pytest.raises(UserError, match=r"any.pth cannot be used: its logits are not finite"):
+        checkpoint.load_model(write_checkpoint(tmp_path / "any.pth", model))
     pytest.importorskip("timm")
     other, config = models.build_model("test_vit", image_size=160), {"model": "test_vit", "image_size": 160}
     config |= {"experiment": "default"}
