@@ -29,6 +29,7 @@ from augment import Loader
 from config import Config
 from tests.helpers import FILES, TINY, flags, in_call, interrupt, last, log_rows, official, same, states
 from tests.test_utils import process_settings
+from utils import ROOT
 
 CPU = torch.device("cpu")
 # The parts of a recipe that hold a state or draw random numbers. The schedule has not decayed when it is resumed.
@@ -349,6 +350,15 @@ def test_a_run_does_not_need_to_write_checkpoints(real: Config, capsys: pytest.C
     assert train.main(flags(real)) == 0
     assert last(run_of(real))["epoch"] == 2
     assert f"The best of this run is in {run_of(real)}" in capsys.readouterr().out
+
+
+def test_relative_paths_are_those_of_the_repository(real: Config, tmp_path: Path, monkeypatch: Any) -> None:
+    """Wherever the program is started."""
+    checkpoint.save(tmp_path / "any.pth", models.MobileNetV3().state_dict())
+    files = {"data_dir": "data", "runs_dir": "runs", "teacher": "any.pth", "weights": "any.pth"}
+    monkeypatch.chdir(tmp_path)
+    train.train(replace(real, **{name: os.path.relpath(tmp_path / file, ROOT) for name, file in files.items()}))
+    assert sorted(path.name for path in run_of(real).iterdir()) == FILES
 
 
 def test_each_setting_reaches_the_run(tiny: Config) -> None:
