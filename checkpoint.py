@@ -121,7 +121,7 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     ours = isinstance(config, dict) and "experiment" in config  # other programs save a config with other names too
     config = assumed | config if ours else assumed
     try:
-        Config(**PLAIN | {name: config[name] for name in assumed}, images_per_class=0)
+        Config(**PLAIN | {name: config[name] for name in assumed})
     except ValueError as error:
         raise UserError(f"{path} cannot be used: {error}. Give another file") from error
     model = build_model(config["model"], image_size=config["image_size"])
@@ -133,14 +133,11 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def new_run(config: Config) -> Path:
-    """Make the folder <runs_dir>/<time>-<experiment>. Raises UserError."""
+    """Make the folder <runs_dir>/<time>-<experiment>. Raises OSError."""
     name = config.experiment if config.dataset == "cifar100" else f"{config.experiment}-{config.dataset}"
     time = f"{datetime.now():%Y%m%d-%H%M%S-%f}"  # to a microsecond, as several runs may start in the same second
     folder = shown(ROOT / config.runs_dir / f"{time}-{name}")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}. Give another --runs_dir") from error
+    folder.mkdir(parents=True)
     return folder
 
 
@@ -164,11 +161,6 @@ def save_epoch(folder: Path, about: dict[str, Any], history: History, stateful: 
 
 def resumed_config(folder: Path, given: dict[str, Any]) -> Config:
     """The settings of the run in a folder, with those that flags gave. Raises UserError."""
-    if not (folder / "last.pth").exists():
-        raise UserError(
-            f"cannot resume {folder}: there is no last.pth in it. Give the folder of a run; one that finished no epoch "
-            "must be started again"
-        )
     try:
         return Config(**load(folder / "last.pth")["config"] | given)
     except (KeyError, TypeError, ValueError) as error:  # as of a run of an older version

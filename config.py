@@ -80,11 +80,6 @@ class Config:
                 raise ValueError(f"{f.name} must be one of {', '.join(limits['choices'])}, not {value!r}")
             if "pattern" in limits and not re.fullmatch(limits["pattern"], value):
                 raise ValueError(f"{f.name} {value!r} does not match: {limits['help']}")
-        if 0 < self.images_per_class <= self.validation_per_class:
-            raise ValueError(
-                f"images_per_class {self.images_per_class} must be above validation_per_class "
-                f"{self.validation_per_class}, or 0 for all"
-            )
         if self.pretrained and self.model == "mobilenetv3":
             raise ValueError("pretrained needs a timm model: there are no ImageNet weights of mobilenetv3")
 
@@ -177,14 +172,12 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
             f"--resume allows only {', '.join(RESUMABLE)} with it, not {', '.join(fixed)}. "
             f"For other settings or more epochs start a new run with --weights {folder}/best.pth"
         )
-    # A resumed run has its own settings: only its flags are checked here, whatever the defaults are.
-    preset = PLAIN | {"images_per_class": 0} if folder else PRESETS.get(given.get("experiment", Config.experiment), {})
-    try:
-        config = Config(**preset | given)
-    except (TypeError, ValueError) as error:  # TypeError: a preset names an unknown setting
-        parser.error(str(error))
     if folder:
         return None, folder, given
+    try:
+        config = Config(**PRESETS.get(given.get("experiment", Config.experiment), {}) | given)
+    except (TypeError, ValueError) as error:  # TypeError: a preset names an unknown setting
+        parser.error(str(error))
     if config.schedule == "step" and config.lr_step >= config.epochs and "lr_step" not in given:
         parser.error(
             f"lr_step {config.lr_step} is not below {config.epochs} epochs: give --lr_step too (0 = a third of the run)"

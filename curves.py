@@ -38,7 +38,5 @@ def draw_curves(runs: dict[str, History], path: Path) -> None:
                 validation = [row[f"validation_{name}"] for row in history]
                 axes.plot(epochs, validation, color=colour, label=f"validation: {run}, best in epoch {best['epoch']}")
                 axes.plot(best["epoch"], best[f"validation_{name}"], marker, color=colour)
-    legend = figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a folder's name may have a $
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))

@@ -44,7 +44,7 @@ def load_training(
     images, labels = load(dataset, data_dir, "train", images_per_class)
     train, validation = split(labels, validation_per_class, images_per_class)
     if not len(train):
-        raise UserError(f"validation_per_class {validation_per_class} leaves no image to train on. Lower it")
+        raise UserError(f"validation_per_class {validation_per_class} leaves no image to train on: lower it")
     return Images(images[train], labels[train]), Images(images[validation], labels[validation])
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -136,21 +137,18 @@ def train_one_epoch(
 
 
 def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
-    """Say which epoch was the best, let the best weights of our network on all of CIFAR-100 replace
-    checkpoints/best.pth, and draw the curves."""
-    best = checkpoint.best_row(history)
+    """Draw the curves, say which epoch was the best, and copy its weights to checkpoints/best.pth if they are those of
+    our network on all of CIFAR-100."""
+    draw_curves({folder.name: history}, folder / "curves.png")
+    best = checkpoint.load(folder / "best.pth")["metrics"]
     accuracy = best["validation_accuracy"]
     validated = "without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
     print(f"Best epoch: {best['epoch']} of {config.epochs} ({validated})\nLog, curves, checkpoints: {folder}")
     run = (config.model, config.image_size, config.dataset, config.images_per_class)
     if run == ("mobilenetv3", 32, "cifar100", 0):
         weights = (folder / "best.pth").read_bytes()
-        try:
-            utils.atomic_write(checkpoint.BEST, lambda file: file.write(weights))
-            print(f"{utils.shown(checkpoint.BEST)}, which pytest grades, is now the best of this run")
-        except UserError:  # as in a checkout that is read-only
-            print(f"{utils.shown(checkpoint.BEST)} cannot be written. The best of this run is in {folder}")
-    draw_curves({folder.name: history}, folder / "curves.png")
+        utils.atomic_write(checkpoint.BEST, lambda file: file.write(weights))
+        print(f"{utils.shown(checkpoint.BEST)}, which pytest grades, is now the best of this run")
     print(f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}")
 
 
@@ -163,101 +161,101 @@ def train(config: Config, folder: Path | None = None) -> Path | None:
     device = utils.choose_device(config.device)
     main_process = utils.rank() == 0
     resumed = folder is not None
-    with utils.torch_settings(config.threads, config.deterministic), utils.signals_interrupt():
-        with utils.first_process_first():
-            train_set, validation = load_training(
-                config.dataset, config.data_dir, config.validation_per_class, config.images_per_class
-            )
-        validation = validation.to(device)
-        loader = Loader(train_set.to(device), config, utils.rank(), utils.world_size())
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, config.dropout, config.image_size, config.pretrained and not resumed)
-        if config.weights != "none" and not resumed:
-            path = utils.ROOT / config.weights
-            checkpoint.load_weights(model, checkpoint.load(path), path, fine_tune=True)
-        model.to(device, memory_format=torch.channels_last)
-        ema = EMA(model, config.ema)
-        optimizer = build_optimizer(model, config)
-        scheduler = build_scheduler(optimizer, config)
-        # CPUs are slower in bfloat16.
-        amp = config.amp and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-        if config.amp and not amp:
-            print(f"amp needs a GPU with bfloat16: training in float32 on {device}")
-        criterion = build_criterion(config, device)
-        stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
-        history = checkpoint.restore(folder, stateful) if resumed else []
+    utils.set_up(config.threads, config.deterministic)
+    with utils.first_process_first():
+        train_set, validation = load_training(
+            config.dataset, config.data_dir, config.validation_per_class, config.images_per_class
+        )
+    validation = validation.to(device)
+    loader = Loader(train_set.to(device), config, utils.rank(), utils.world_size())
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, config.dropout, config.image_size, config.pretrained and not resumed)
+    if config.weights != "none" and not resumed:
+        path = utils.ROOT / config.weights
+        checkpoint.load_weights(model, checkpoint.load(path), path, fine_tune=True)
+    model.to(device, memory_format=torch.channels_last)
+    ema = EMA(model, config.ema)
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config)
+    # CPUs are slower in bfloat16.
+    amp = config.amp and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    if config.amp and not amp:
+        print(f"amp needs a GPU with bfloat16: training in float32 on {device}")
+    criterion = build_criterion(config, device)
+    stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
+    history = checkpoint.restore(folder, stateful) if resumed else []
 
-        # What the loop calls; the names in a checkpoint are those of the model itself.
-        wrapped_model = DistributedDataParallel(model) if utils.world_size() > 1 else model
-        if config.compile:
-            graphs = device.type == "cuda" and utils.world_size() == 1  # under DDP batch norm makes torch skip them
-            wrapped_model = torch.compile(wrapped_model, dynamic=False, mode="reduce-overhead" if graphs else None)
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # optional
-        if main_process and not resumed:
-            folder = checkpoint.new_run(config)
-        writer = SummaryWriter(folder) if config.tensorboard and main_process else None
-        about = {"config": asdict(config), **utils.provenance(device)}  # read now, and with it the commit that trains
-        print(f"Training {describe(config)} on {len(loader.labels)} {config.dataset} images")
-        print(f"{config.epochs - len(history)} epochs left, on {about['machine']}\nRun folder: {folder}", flush=True)
+    # What the loop calls; the names in a checkpoint are those of the model itself.
+    wrapped_model = DistributedDataParallel(model) if utils.world_size() > 1 else model
+    if config.compile:
+        graphs = device.type == "cuda" and utils.world_size() == 1  # under DDP batch norm makes torch skip them
+        wrapped_model = torch.compile(wrapped_model, dynamic=False, mode="reduce-overhead" if graphs else None)
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # optional
+    if main_process and not resumed:
+        folder = checkpoint.new_run(config)
+    writer = SummaryWriter(folder) if config.tensorboard and main_process else None
+    about = {"config": asdict(config), **utils.provenance(device)}  # read now, and with it the commit that trains
+    print(f"Training {describe(config)} on {len(loader.labels)} {config.dataset} images")
+    print(f"{config.epochs - len(history)} epochs left, on {about['machine']}\nRun folder: {folder}", flush=True)
 
-        try:
-            for epoch in range(len(history) + 1, config.epochs + 1):
-                print(f"Epoch {epoch}/{config.epochs}")
-                start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
-                loader.epoch = epoch - 1  # counted from 0
-                loss, accuracy = train_one_epoch(wrapped_model, loader, criterion, optimizer, ema, amp)
-                speed = len(loader) * loader.batch_size / (time.perf_counter() - start)
-                scheduler.step()
-                print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
-                scores = evaluate(ema.model, *validation) if config.validation_per_class and main_process else None
-                if scores:
-                    print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
-                weights_norm = nn.utils.get_total_norm(ema.averaged).item()
-                if not all(map(math.isfinite, (loss, weights_norm, *(scores or ())))):
-                    raise UserError(
-                        f"the loss or a weight is not finite in epoch {epoch} at learning rate {lr:g}. "
-                        "Earlier checkpoints stay as they are. Try a lower lr"
-                    )
-                if not main_process:
-                    continue  # what follows must not wait for the other processes
-                row = {
-                    "epoch": epoch,
-                    "lr": lr,
-                    "train_loss": loss,
-                    "train_accuracy": accuracy,
-                    "validation_loss": scores and scores.loss,
-                    "validation_accuracy": scores and scores.top1,
-                    "images_per_second": speed,
-                    "seconds": time.perf_counter() - start,
-                }
-                history.append(row)
-                if checkpoint.save_epoch(folder, about, history, stateful):
-                    print("Saved Best Model")
-                print(f"Learning Rate: {lr:.6f}", flush=True)
-                if writer:
-                    for name, value in row.items():
-                        if value is not None:
-                            writer.add_scalar(name, value, epoch)
-                    writer.flush()
-        except KeyboardInterrupt:
-            if main_process and (folder / "last.pth").exists():
-                finish(folder, config, history)
-                print(f"Stopped. Resume with: python train.py --resume {shlex.quote(str(folder))}", flush=True)
-            else:
-                print("Stopped before an epoch was finished: start the run again", flush=True)
-            raise
-        if main_process:
+    try:
+        for epoch in range(len(history) + 1, config.epochs + 1):
+            print(f"Epoch {epoch}/{config.epochs}")
+            start, lr = time.perf_counter(), scheduler.get_last_lr()[0]
+            loader.epoch = epoch - 1  # counted from 0
+            loss, accuracy = train_one_epoch(wrapped_model, loader, criterion, optimizer, ema, amp)
+            speed = len(loader) * loader.batch_size / (time.perf_counter() - start)
+            scheduler.step()
+            print(f"Train Loss: {loss:.4f}, Train Accuracy: {accuracy:.2f}%")
+            scores = evaluate(ema.model, *validation) if config.validation_per_class and main_process else None
+            if scores:
+                print(f"Validation Loss: {scores.loss:.4f}, Validation Accuracy: {scores.top1:.2f}%")
+            weights_norm = nn.utils.get_total_norm(ema.averaged).item()
+            if not all(map(math.isfinite, (loss, weights_norm, *(scores or ())))):
+                raise UserError(
+                    f"the loss or a weight is not finite in epoch {epoch} at learning rate {lr:g}. "
+                    "Earlier checkpoints stay as they are. Try a lower lr"
+                )
+            if not main_process:
+                continue  # what follows must not wait for the other processes
+            row = {
+                "epoch": epoch,
+                "lr": lr,
+                "train_loss": loss,
+                "train_accuracy": accuracy,
+                "validation_loss": scores and scores.loss,
+                "validation_accuracy": scores and scores.top1,
+                "images_per_second": speed,
+                "seconds": time.perf_counter() - start,
+            }
+            history.append(row)
+            if checkpoint.save_epoch(folder, about, history, stateful):
+                print("Saved Best Model")
+            print(f"Learning Rate: {lr:.6f}", flush=True)
+            if writer:
+                for name, value in row.items():
+                    if value is not None:
+                        writer.add_scalar(name, value, epoch)
+                writer.flush()
+    except KeyboardInterrupt:
+        if main_process and (folder / "last.pth").exists():
             finish(folder, config, history)
+            print(f"Stopped. Resume with: python train.py --resume {shlex.quote(str(folder))}", flush=True)
+        else:
+            print("Stopped before an epoch was finished: start the run again", flush=True)
+        raise
+    if main_process:
+        finish(folder, config, history)
     return folder
 
 
 @utils.program("train.py")
 def main(argv: list[str] | None = None) -> None:
     """Train or resume."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops a run as Ctrl-C does
     config, folder, given = parse_command_line(argv)
     if folder:
-        folder = folder.parent if folder.name == "last.pth" else folder
         config = checkpoint.resumed_config(folder, given)
     with utils.process_group(config.device):
         train(config, folder)

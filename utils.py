@@ -6,12 +6,10 @@ import io
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,17 +44,6 @@ def program(name: str) -> Callable[[Callable[..., int | None]], Callable[..., in
         return run
 
     return decorate
-
-
-@contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, and Ctrl-C too if a shell has started the process in the
-    background. Only the main thread can; in another one nothing changes."""
-    with ExitStack() as undo:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                undo.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
-        yield
 
 
 def one_line(error: Exception) -> str:
@@ -111,20 +98,13 @@ def first_process_first() -> Iterator[None]:
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Join the other processes if torchrun started this one, each with a GPU of its own; only the first one prints.
-
-    Raises UserError if there are too few GPUs.
-    """
+    """Join the other processes if torchrun started this one, each with a GPU of its own; only the first one prints."""
     if not dist.is_torchelastic_launched():
         yield
         return
-    if ":" in device:
-        raise UserError(f"several processes cannot share {device}. Give --device cuda")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-    if cuda and (gpu := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
-        raise UserError(f"there is no GPU for process {gpu + 1}: torch sees {torch.cuda.device_count()}. Start fewer")
     if cuda:
-        torch.cuda.set_device(gpu)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     with redirect_stdout(io.StringIO() if rank() else sys.stdout):
         yield
@@ -145,21 +125,14 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"{name} cannot be used: {reason}. Try --device cpu") from error
 
 
-@contextmanager
-def torch_settings(threads: int, deterministic: bool) -> Iterator[None]:
-    """Set CPU threads (0 = torch's choice), denormals, cuDNN and deterministic kernels, and restore them at the end."""
-    with ExitStack() as undo:
-        undo.callback(torch.set_flush_denormal, False)
-        torch.set_flush_denormal(True)  # otherwise gradients near 0 slow a CPU down (docs/notes.md)
-        undo.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(threads or torch.get_num_threads())
-        undo.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-        torch.backends.cudnn.benchmark = not deterministic  # shapes hardly change: cuDNN times its algorithms for each
-        if deterministic:
-            undo.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
-            torch.use_deterministic_algorithms(True)
-        yield
+def set_up(threads: int, deterministic: bool) -> None:
+    """Set this process's CPU threads (0 = torch's choice), denormals, cuDNN and deterministic kernels."""
+    torch.set_flush_denormal(True)  # otherwise gradients near 0 slow a CPU down (docs/notes.md)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.backends.cudnn.benchmark = not deterministic  # shapes hardly change: cuDNN times its algorithms for each
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic matrix products
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def provenance(device: torch.device) -> dict[str, str | None]:

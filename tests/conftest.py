@@ -79,14 +79,16 @@ def cifar100() -> str:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
     """Settings of a short run of a small network that leaves nothing outside of tmp_path."""
+    threads = torch.get_num_threads()
     monkeypatch.setattr(models, "BLOCKS", SMALL_BLOCKS)
     monkeypatch.setattr(models, "STEM", 8)
     monkeypatch.setattr(models, "HEAD", 32)
     monkeypatch.setattr(checkpoint, "BEST", tmp_path / "checkpoints" / "best.pth")
     (tmp_path / "checkpoints").mkdir()
-    return replace(TINY, runs_dir=str(tmp_path / "runs"))
+    yield replace(TINY, runs_dir=str(tmp_path / "runs"))
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

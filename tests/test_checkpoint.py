@@ -147,7 +147,7 @@ def test_weights_that_do_not_fit_name_the_first_tensors_that_differ(model: nn.Mo
 
 def test_the_settings_of_a_checkpoint_choose_its_model(model: nn.Module, tmp_path: Path, monkeypatch: Any) -> None:
     """An edit of the defaults, here one that makes them invalid, changes nothing."""
-    edited = asdict(TINY) | {"images_per_class": 20, "validation_per_class": 50}
+    edited = asdict(TINY) | {"model": "mobilenetv3", "pretrained": True}
     monkeypatch.setattr(Config.__init__, "__defaults__", tuple(edited.values()))
     for wrong in ({"model": 3}, {"image_size": 10**9}, {"dataset": "imagenet"}):
         path = write_checkpoint(tmp_path / "any.pth", model, config=asdict(TINY) | wrong)

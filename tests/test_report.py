@@ -25,11 +25,6 @@ def test_set(monkeypatch: pytest.MonkeyPatch) -> data.Images:
     return images
 
 
-def test_wilson_interval_equals_known_values() -> None:
-    assert report.wilson(0, 12, z=2) == pytest.approx((0, 25))  # 0 to z^2 / (n + z^2)
-    assert report.wilson(50, 100) == pytest.approx((40.383, 59.617), abs=1e-3)  # Wilson's usual example
-
-
 def test_calibration_error_equals_hand_computed_values() -> None:
     confidence = torch.tensor([0.9, 0.9, 0.5, 0.2, 1.0], dtype=torch.float64)
     correct = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
@@ -84,6 +79,7 @@ def test_known_predictions_are_counted_right(
     assert accuracy == pytest.approx(98.5)
     cells = dict(re.findall(r'scope="row">([^<]+)</th>(.*?)</tr>', page))
     percents = {name: re.findall(r">([\d.]+) %<", row) for name, row in cells.items()}
+    assert percents["top-1 accuracy"] == ["98.50"] and "0.86 points" in cells["top-1 accuracy"]  # 0.985, 0.015, 200
     assert percents["fruit_and_vegetables"] == ["80.00", "100.00"]
     assert percents["non-insect_invertebrates"] == ["90.00", "90.00"]
     assert (percents["apple"], percents["worm"], percents["bear"]) == (["0.00"], ["50.00"], ["100.00"])

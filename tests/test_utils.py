@@ -1,6 +1,4 @@
-"""Errors in one line, the device, and what programs leave behind in a process: nothing."""
-
-import signal
+"""Errors in one line, and the device."""
 
 import pytest
 import torch
@@ -9,12 +7,11 @@ import utils
 
 
 def process_settings() -> tuple:
-    """What a program could leave behind in other people's code."""
+    """Threads, deterministic kernels, flushed denormals, cuDNN's benchmark; precision of convolutions and products."""
     backends, deterministic = torch.backends, torch.are_deterministic_algorithms_enabled()
-    precisions = [part.fp32_precision for part in (backends, backends.cudnn.conv, backends.cuda.matmul)]
     flushed = (torch.tensor(2e-38) / 10).item() == 0
-    settings = torch.get_num_threads(), deterministic, flushed, backends.cudnn.benchmark
-    return *settings, *precisions, signal.getsignal(signal.SIGTERM)
+    precisions = [part.fp32_precision for part in (backends, backends.cudnn.conv, backends.cuda.matmul)]
+    return torch.get_num_threads(), deterministic, flushed, backends.cudnn.benchmark, *precisions
 
 
 @pytest.mark.parametrize(

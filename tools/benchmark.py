@@ -41,7 +41,7 @@ Figures = dict[str, float]
 
 CPU = torch.device("cpu")
 # Our side of the comparison with the plain loop: its only augmentation is crop and flip.
-COMPARED = Config(**PLAIN | {"flip": True, "crop_padding": 4, "ema": 0.999, "label_smoothing": 0.1}, images_per_class=0)
+COMPARED = Config(**PLAIN | {"flip": True, "crop_padding": 4, "ema": 0.999, "label_smoothing": 0.1})
 
 
 class Count(TorchDispatchMode):
@@ -154,8 +154,8 @@ def train_ours(config: Config, device: torch.device, warmup: int = 4, seconds: f
     model = build_model(config.model).to(device, memory_format=torch.channels_last)
     ema, optimizer = train.EMA(model, config.ema), train.build_optimizer(model, config)
     wrapped_model = torch.compile(model, dynamic=False, mode="reduce-overhead") if config.compile else model
-    with utils.torch_settings(config.threads, config.deterministic):
-        train.train_one_epoch(wrapped_model, loader, train.build_criterion(config, device), optimizer, ema, amp=False)
+    utils.set_up(config.threads, config.deterministic)
+    train.train_one_epoch(wrapped_model, loader, train.build_criterion(config, device), optimizer, ema, amp=False)
     return loader, ema.model
 
 

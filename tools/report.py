@@ -38,12 +38,6 @@ Row = tuple[str | int | float, ...]
 Mistake = tuple[Tensor, str, str, float]  # image uint8 (3, 32, 32), class, predicted class and its probability
 
 
-def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Confidence interval of a fraction, in percent; 95 % at the default z (Wilson, 1927)."""
-    centre, spread = correct + z * z / 2, z * (correct * (count - correct) / count + z * z / 4) ** 0.5
-    return 100 * (centre - spread) / (count + z * z), 100 * (centre + spread) / (count + z * z)
-
-
 def calibration(confidence: Tensor, correct: Tensor) -> tuple[float, Tensor]:
     """Expected calibration error (Guo et al., 2017) of predictions (N,).
 
@@ -129,15 +123,15 @@ def pairs(mistakes: list[Mistake]) -> str:
 def scores(logits: Tensor, labels: Tensor) -> str:
     """The first section, for float64 logits (N, 100) and labels (N,): accuracy and calibration."""
     probability, top = logits.softmax(1).topk(5)
-    hits, count = top == labels[:, None], len(labels)
+    hits = top == labels[:, None]
     rows: list[Row] = []
     for k in (1, 5):
-        correct = int(hits[:, :k].sum())
-        low, high = wilson(correct, count)
-        rows.append((f"top-{k} accuracy", correct / count, f"{low:.2f} to {high:.2f} %"))
+        accuracy = hits[:, :k].any(1).double().mean().item()
+        standard_error = 100 * (accuracy * (1 - accuracy) / len(labels)) ** 0.5
+        rows.append((f"top-{k} accuracy", accuracy, f"{standard_error:.2f} points"))
     error, sums = calibration(probability[:, 0], hits[:, 0].double())
     rows += [("expected calibration error", error, ""), ("loss", f"{F.cross_entropy(logits, labels).item():.4f}", "")]
-    return table(("measure", "value", "95 % interval (Wilson)"), rows) + diagram(sums)
+    return table(("measure", "value", "standard error"), rows) + diagram(sums)
 
 
 def fractions(correct: Tensor, group: Tensor) -> list[float]:

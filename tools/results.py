@@ -50,7 +50,7 @@ def record_run(run: Path, name: str, data_dir: str) -> Path:
             recipe[setting] = Path(recipe[setting]).name  # the folder means nothing on another machine
     record = {
         "name": name,
-        "title": describe(Config(**recipe, experiment=config.experiment, images_per_class=0)),
+        "title": describe(Config(**recipe, experiment=config.experiment)),
         "config": recipe,
         "seed": config.seed,
         **{key: best[key] for key in ("commit", "torch", "machine", "date")},
