@@ -172,12 +172,14 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config | None, Pa
             f"--resume allows only {', '.join(RESUMABLE)} with it, not {', '.join(fixed)}. "
             f"For other settings or more epochs start a new run with --weights {folder}/best.pth"
         )
-    if folder:
-        return None, folder, given
+    # A resumed run has its own settings: only its flags are checked here, whatever the defaults are.
+    preset = PLAIN if folder else PRESETS.get(given.get("experiment", Config.experiment), {})
     try:
-        config = Config(**PRESETS.get(given.get("experiment", Config.experiment), {}) | given)
+        config = Config(**preset | given)
     except (TypeError, ValueError) as error:  # TypeError: a preset names an unknown setting
         parser.error(str(error))
+    if folder:
+        return None, folder, given
     if config.schedule == "step" and config.lr_step >= config.epochs and "lr_step" not in given:
         parser.error(
             f"lr_step {config.lr_step} is not below {config.epochs} epochs: give --lr_step too (0 = a third of the run)"

@@ -44,7 +44,7 @@ def load_training(
     images, labels = load(dataset, data_dir, "train", images_per_class)
     train, validation = split(labels, validation_per_class, images_per_class)
     if not len(train):
-        raise UserError(f"validation_per_class {validation_per_class} leaves no image to train on: lower it")
+        raise UserError("no image is left to train on: lower validation_per_class or raise images_per_class")
     return Images(images[train], labels[train]), Images(images[validation], labels[validation])
 
 
@@ -105,11 +105,12 @@ def normalise(images: Tensor) -> Tensor:
 def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """The factor and the summand of `normalise`, each as a whole image (1, 3, 32, 32): broadcasting three numbers
     along the fastest dimension takes a CPU five times as long."""
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return tuple(
-        value.expand(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
-        for value in (1 / (255 * std), -mean / std)
-    )
+    with torch.inference_mode(False):  # otherwise no gradient passes if the first call is in inference mode
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+        return tuple(
+            value.expand(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
+            for value in (1 / (255 * std), -mean / std)
+        )
 
 
 def read(path: Path, name: str) -> np.ndarray:

@@ -137,9 +137,8 @@ def train_one_epoch(
 
 
 def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
-    """Draw the curves, say which epoch was the best, and copy its weights to checkpoints/best.pth if they are those of
-    our network on all of CIFAR-100."""
-    draw_curves({folder.name: history}, folder / "curves.png")
+    """Say which epoch was the best, copy its weights to checkpoints/best.pth if they are those of our network on all of
+    CIFAR-100, and draw the curves."""
     best = checkpoint.load(folder / "best.pth")["metrics"]
     accuracy = best["validation_accuracy"]
     validated = "without validation" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
@@ -147,15 +146,19 @@ def finish(folder: Path, config: Config, history: checkpoint.History) -> None:
     run = (config.model, config.image_size, config.dataset, config.images_per_class)
     if run == ("mobilenetv3", 32, "cifar100", 0):
         weights = (folder / "best.pth").read_bytes()
-        utils.atomic_write(checkpoint.BEST, lambda file: file.write(weights))
-        print(f"{utils.shown(checkpoint.BEST)}, which pytest grades, is now the best of this run")
+        try:
+            utils.atomic_write(checkpoint.BEST, lambda file: file.write(weights))
+            print(f"{utils.shown(checkpoint.BEST)}, which pytest grades, is now the best of this run")
+        except UserError:  # as in a checkout that is read-only
+            print(f"{utils.shown(checkpoint.BEST)} cannot be written. The best of this run is in {folder}")
+    draw_curves({folder.name: history}, folder / "curves.png")
     print(f"Grade it: python evaluate.py --checkpoint {shlex.quote(str(folder / 'best.pth'))}")
 
 
 def train(config: Config, folder: Path | None = None) -> Path | None:
-    """Train a new run, or resume the one in `folder`. Returns the run's folder. Raises UserError.
+    """Train a new run, or resume the one in `folder`. Returns the run's folder. Raises UserError and OSError.
 
-    On Ctrl-C and SIGTERM it says how to resume and raises KeyboardInterrupt: the epoch under way is repeated then.
+    A KeyboardInterrupt passes on after a line on how to resume: the epoch under way is repeated then.
     torchrun's processes all call this; the first one validates, prints, writes the files and knows the folder.
     """
     device = utils.choose_device(config.device)
@@ -253,7 +256,8 @@ def train(config: Config, folder: Path | None = None) -> Path | None:
 @utils.program("train.py")
 def main(argv: list[str] | None = None) -> None:
     """Train or resume."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops a run as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background jobs ignore Ctrl-C's signal otherwise
+        signal.signal(number, signal.default_int_handler)
     config, folder, given = parse_command_line(argv)
     if folder:
         config = checkpoint.resumed_config(folder, given)

@@ -98,13 +98,20 @@ def first_process_first() -> Iterator[None]:
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Join the other processes if torchrun started this one, each with a GPU of its own; only the first one prints."""
+    """Join the other processes if torchrun started this one, each with a GPU of its own; only the first one prints.
+
+    Raises UserError if there are too few GPUs.
+    """
     if not dist.is_torchelastic_launched():
         yield
         return
+    if ":" in device:
+        raise UserError(f"several processes cannot share {device}. Give --device cuda")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda and (gpu := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
+        raise UserError(f"there is no GPU for process {gpu + 1}: torch sees {torch.cuda.device_count()}. Start fewer")
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(gpu)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     with redirect_stdout(io.StringIO() if rank() else sys.stdout):
         yield

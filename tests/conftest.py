@@ -37,6 +37,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line("\n".join(lines))
 
 
+@pytest.fixture(autouse=True)
+def undo_set_up() -> Iterator[None]:
+    """A run sets up its process: each test starts with torch's own settings."""
+    threads = torch.get_num_threads()
+    yield
+    utils.set_up(threads, deterministic=False)
+    torch.set_flush_denormal(False)
+    torch.backends.cudnn.benchmark = False
+
+
 @pytest.fixture
 def tell(pytestconfig: pytest.Config, capsys: pytest.CaptureFixture):
     """A function that prints lines at once, also without -s and with -q, and again in the summary."""
@@ -79,16 +89,14 @@ def cifar100() -> str:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
-    """Settings of a short run of a small network that leaves nothing outside of tmp_path."""
-    threads = torch.get_num_threads()
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Settings of a short run of a small network that leaves no file outside of tmp_path."""
     monkeypatch.setattr(models, "BLOCKS", SMALL_BLOCKS)
     monkeypatch.setattr(models, "STEM", 8)
     monkeypatch.setattr(models, "HEAD", 32)
     monkeypatch.setattr(checkpoint, "BEST", tmp_path / "checkpoints" / "best.pth")
     (tmp_path / "checkpoints").mkdir()
-    yield replace(TINY, runs_dir=str(tmp_path / "runs"))
-    torch.set_num_threads(threads)
+    return replace(TINY, runs_dir=str(tmp_path / "runs"))
 
 
 @pytest.fixture

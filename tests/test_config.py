@@ -76,7 +76,7 @@ def test_flags_override_a_preset_and_a_preset_the_defaults() -> None:
 def test_a_path_in_a_flag_is_relative_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the repository it is kept relative to it, so that a copy of the repository can resume the run."""
     monkeypatch.chdir(ROOT / "checkpoints")
-    assert parse_command_line(flags(TINY, teacher="teacher.pth"))[0].teacher == PRESETS["taught"]["teacher"]
+    assert parse_command_line(flags(TINY, teacher="teacher.pth"))[0].teacher == "checkpoints/teacher.pth"
     monkeypatch.chdir(tmp_path)
     assert parse_command_line(flags(TINY, weights="a.pth"))[0].weights == str(tmp_path / "a.pth")
     assert parse_command_line(flags(TINY))[0].weights == "none"
@@ -104,3 +104,4 @@ def test_resume_takes_what_may_change_and_says_how_to_train_longer(capsys: Any, 
     for name in set(NAMES) - set(names):
         line = refused(["--resume", "runs/x", *flags({name: getattr(TINY, name)})], capsys)
         assert f"not {name}. " in line and "--weights runs/x/best.pth" in line
+    assert "threads must be between" in refused(["--resume", "runs/x", "--threads=-1"], capsys)

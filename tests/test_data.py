@@ -122,6 +122,10 @@ def test_normalise_follows_its_formula(images: Tensor) -> None:
     result = data.normalise(images)
     assert np.allclose(result, expected, atol=1e-5)
     assert result.dtype == torch.float32 and result.is_contiguous(memory_format=torch.channels_last)
+    data.normalisation.cache_clear()
+    with torch.inference_mode():
+        data.normalise(images)
+    assert data.normalise(images.float().requires_grad_()).requires_grad, "a gradient passes, also after grading"
 
 
 def test_split_is_balanced_disjoint_and_always_the_same() -> None:

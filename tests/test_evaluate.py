@@ -13,7 +13,6 @@ import data
 import evaluate
 from config import Config
 from tests.helpers import write_checkpoint
-from tests.test_utils import process_settings
 from utils import ROOT
 
 
@@ -84,10 +83,8 @@ def test_the_repositorys_files_are_found_from_any_folder(
     assert "Experiment unknown, epoch unknown, date unknown" in capsys.readouterr().out
 
 
-def test_grading_leaves_the_process_as_it_was(tiny: Config, model: nn.Module, tmp_path: Path, other_code: None) -> None:
-    path, settings, seen = write_checkpoint(tmp_path / "any.pth", model), process_settings(), []
-    parts = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+def test_tf32_is_off_while_grading_and_on_again_after_it(tiny: Config, model: nn.Module, other_code: None) -> None:
+    parts, seen = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), []
     model.register_forward_pre_hook(lambda *_: seen.append([part.fp32_precision for part in parts]))
     evaluate.evaluate(model, *data.synthetic(1, 0))
-    assert seen == [["ieee", "ieee"]] and grade(path) == 0
-    assert process_settings() == settings
+    assert seen == [["ieee", "ieee"]] and [part.fp32_precision for part in parts] == ["tf32", "tf32"]

@@ -27,7 +27,6 @@ import train
 from augment import Loader
 from config import Config
 from tests.helpers import FILES, TINY, flags, in_call, interrupt, last, log_rows, official, same, states
-from tests.test_utils import process_settings
 from utils import ROOT
 
 CPU = torch.device("cpu")
@@ -333,8 +332,9 @@ def test_the_best_of_a_run_replaces_checkpoints_best(real: Config, number: int, 
     assert checkpoint.BEST.stat().st_ino in whole_files
 
 
-def test_other_runs_never_replace_checkpoints_best(real: Config) -> None:
+def test_other_runs_never_replace_checkpoints_best(real: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each differs from such a run in one setting."""
+    monkeypatch.setitem(data.SYNTHETIC, "train", (3, 5))
     others = {"dataset": "synthetic", "images_per_class": 2, "image_size": 64, "model": "test_convnext"}
     for name, value in others.items():
         if name == "model":
@@ -343,32 +343,49 @@ def test_other_runs_never_replace_checkpoints_best(real: Config) -> None:
         assert checkpoint.BEST.read_text() == "an earlier run's", name
 
 
+def test_a_run_does_not_need_to_write_checkpoints(real: Config, capsys: pytest.CaptureFixture) -> None:
+    """As in a checkout that is read-only."""
+    checkpoint.BEST.unlink()
+    checkpoint.BEST.parent.rmdir()
+    checkpoint.BEST.parent.touch()
+    assert train.main(flags(real)) == 0
+    assert f"The best of this run is in {run_of(real)}" in capsys.readouterr().out
+
+
 def test_relative_paths_are_those_of_the_repository(real: Config, tmp_path: Path, monkeypatch: Any) -> None:
     """Wherever the program is started."""
     checkpoint.save(tmp_path / "any.pth", models.MobileNetV3().state_dict())
     files = {"data_dir": "data", "runs_dir": "runs", "teacher": "any.pth", "weights": "any.pth"}
-    monkeypatch.chdir(tmp_path)
+    deep = tmp_path.joinpath(*ROOT.parts[1:])  # in which none of these paths leads to its file
+    deep.mkdir(parents=True)
+    monkeypatch.chdir(deep)
     train.train(replace(real, **{name: os.path.relpath(tmp_path / file, ROOT) for name, file in files.items()}))
     assert sorted(path.name for path in run_of(real).iterdir()) == FILES
 
 
-def test_each_setting_reaches_the_run(tiny: Config) -> None:
+def test_each_setting_reaches_the_run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that differs in one setting ends with other weights."""
     changes = ADAMW | SGD | {"batch_size": 20, "lr_step": 2, "lr_gamma": 0.1, "mixup": 1.0, "seed": 1, "epochs": 3}
     changes |= {"validation_per_class": 0, "images_per_class": 3}
-    config = replace(tiny, epochs=4, images_per_class=2)
-    usual = states(train.train(config))
+    monkeypatch.setattr(train, "draw_curves", lambda *_: None)  # for the time
+
+    def weights(**settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        state = states(train.train(replace(tiny, **{"epochs": 4, "images_per_class": 2} | settings)))
+        return state["model"], state["ema"]["model"]
+
+    usual = weights()
     for name, value in changes.items():
-        assert not same(states(train.train(replace(config, **{name: value}))), usual), name
+        assert not same(weights(**{name: value}), usual), name
 
 
-def test_a_run_sets_up_its_process(tiny: Config, monkeypatch: Any) -> None:
-    found, threads = [], torch.get_num_threads() + 1
-    monkeypatch.setattr(train, "means", lambda sums: found.append(process_settings()[:4]) or (1.0, 1.0))
+def test_a_run_sets_up_its_process(tiny: Config) -> None:
+    threads = torch.get_num_threads() + 1
     for deterministic in (True, False):
         assert train.main(flags(replace(tiny, epochs=1, deterministic=deterministic, threads=threads))) == 0
-    assert found == [(threads, on, True, not on) for on in (True, False)]
-    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert torch.get_num_threads() == threads and torch.backends.cudnn.benchmark is not deterministic
+    assert torch.tensor(2e-38) / 10 == 0, "denormal numbers are 0"
+    assert all(signal.getsignal(n) is signal.default_int_handler for n in (signal.SIGTERM, signal.SIGINT))
 
 
 def test_amp_needs_a_gpu(tiny: Config, capsys: pytest.CaptureFixture) -> None:
@@ -381,7 +398,7 @@ def test_bad_input_is_one_line_before_any_run(tiny: Config, tmp_path: Path, monk
     for settings, reason in (
         ({"weights": str(tmp_path / "none.pth")}, "none.pth does not exist"),
         ({"device": "cuda:99"}, "Try --device cpu"),
-        ({"validation_per_class": 3}, "lower it"),
+        ({"validation_per_class": 3}, "lower validation_per_class"),
         ({"runs_dir": "/dev/null/runs"}, "Not a directory: '/dev/null/runs"),
         ({"model": "any_network"}, "pip install -r requirements.txt -r requirements-tools.txt"),
     ):

@@ -6,14 +6,6 @@ import torch
 import utils
 
 
-def process_settings() -> tuple:
-    """Threads, deterministic kernels, flushed denormals, cuDNN's benchmark; precision of convolutions and products."""
-    backends, deterministic = torch.backends, torch.are_deterministic_algorithms_enabled()
-    flushed = (torch.tensor(2e-38) / 10).item() == 0
-    precisions = [part.fp32_precision for part in (backends, backends.cudnn.conv, backends.cuda.matmul)]
-    return torch.get_num_threads(), deterministic, flushed, backends.cudnn.benchmark, *precisions
-
-
 @pytest.mark.parametrize(
     ("error", "code", "printed"),
     [
