@@ -11,8 +11,8 @@ from config import Config
 from data import CLASSES, SIDE, Images, normalise
 from utils import UserError
 
-# A CPU generator uses the low 32 bits of its seed. With this stride no two epochs of any two runs share them, if the
-# runs have at most 1,264 epochs.
+# A CPU generator uses only the low 32 bits of its seed. With this stride they differ for any two epochs of any two runs,
+# if the runs have at most 1,264 epochs.
 SEED_STRIDE = 1_000_003
 TEACHER_SEED_OFFSET = 1_000_001  # above any seed: a student's views are not those of a teacher that learned labels
 CUDA_CHUNK = 8_192  # images augmented at once: the launches of TrivialAugment's kernels then cost next to nothing
@@ -188,5 +188,7 @@ class Loader:
         """This process's part of a batch, mixed by mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) if either is
         on, by one of them at random if both are."""
         if self.mixers:
-            images, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](images, labels)
+            # A mixer mixes neighbours, which trivial_augment mostly gave the same operation.
+            order = torch.randperm(len(labels), device=labels.device)
+            images, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](images[order], labels[order])
         return images[self.shard].contiguous(memory_format=torch.channels_last), labels[self.shard]

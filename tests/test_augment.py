@@ -90,9 +90,21 @@ def test_colour_operations_against_torchvision(images: Tensor, name: str, refere
         assert (result - reference(image, level).float()).abs().max() <= tolerance
 
 
-def test_fewer_images_than_operations_get_any_of_them(images: Tensor) -> None:
-    results = [augment.trivial_augment(images[:1], 1.0, seeded(seed)) for seed in range(9)]
-    assert len({result.sum().item() for result in results}) > 1, "not always the first, the identity"
+def marking(number: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """An operation that writes its number into an image's first row."""
+    return lambda images, level: torch.cat([torch.full_like(images[:, :, :1], number), images[:, :, 1:]], 2)
+
+
+@pytest.fixture
+def marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations that leave their numbers, 0 to 13, and images that are not normalised."""
+    monkeypatch.setattr(augment, "OPERATIONS", {str(number): marking(number) for number in range(14)})
+    monkeypatch.setattr(augment, "normalise", torch.Tensor.float)
+
+
+def test_fewer_images_than_operations_get_any_of_them(images: Tensor, marks: None) -> None:
+    found = {augment.trivial_augment(images[:1], 1.0, seeded(seed))[0, 0, 0, 0].item() for seed in range(50)}
+    assert len(found) > 8
 
 
 def epoch_of(loader: Loader, epoch: int) -> tuple[Tensor, Tensor]:
@@ -144,19 +156,13 @@ def test_batches_on_a_cpu_are_those_of_the_recorded_runs(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
-def test_many_batches_augmented_at_once_are_like_those_of_one(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of a GPU. Each operation marks an image's first row and leaves the rest; 64 batches and then 11."""
-    images, mark = data.synthetic(12, seed=3).images, torch.zeros(3, 1, 32)
-
-    def operation(number: int) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda images, level: torch.cat([(mark + number).expand(len(images), -1, -1, -1), images[:, :, 1:]], 2)
-
-    monkeypatch.setattr(augment, "OPERATIONS", {str(number): operation(number) for number in range(14)})
-    monkeypatch.setattr(augment, "normalise", torch.Tensor.float)
+def test_many_batches_augmented_at_once_are_like_those_of_one(fraction: float, marks: None) -> None:
+    """The path of a GPU: 64 batches and then 11."""
+    images = data.synthetic(12, seed=3).images
     images[:, :, 0] = 99
     loader = Loader(Images(images, torch.arange(1200)), replace(TINY, batch_size=16, trivial_augment=fraction))
     loader.chunk = 64
-    batches, marks = list(loader), Counter()
+    batches, total = list(loader), Counter()
     assert len(batches) == len(loader) == 75
     assert len(torch.cat([labels for _, labels in batches]).unique()) == 1200
     for batch, labels in batches:
@@ -165,8 +171,17 @@ def test_many_batches_augmented_at_once_are_like_those_of_one(fraction: float, m
         found = Counter(batch[:, 0, 0, 0].tolist())
         assert found[99] == pytest.approx(16 * (1 - fraction), abs=1), "the fraction that is not changed"
         assert len(found) >= (14 if fraction == 1 else 8), "each batch has many operations"
-        marks += found
-    assert all(marks[number] == pytest.approx(1200 * fraction / 14, abs=2) for number in range(14))
+        total += found
+    assert all(total[number] == pytest.approx(1200 * fraction / 14, abs=2) for number in range(14))
+
+
+def test_images_are_mixed_with_those_of_any_operation(images: Tensor, marks: None) -> None:
+    """A mixer mixes each image with its neighbour. Of random neighbours, 7 of 100 share an operation."""
+    loader = Loader(Images(images, BY_NUMBER), replace(TINY, batch_size=100, trivial_augment=1.0))
+    loader.mixers = [lambda images, labels: (images, labels)]
+    ((batch, labels),) = loader
+    assert torch.equal(batch[:, :, 1:], images[labels][:, :, 1:].float()), "each image keeps its label"
+    assert (batch[:, 0, 0, 0] == batch.roll(1, 0)[:, 0, 0, 0]).sum() < 30
 
 
 def test_mixup_gives_parts_of_two_images_and_their_labels(images: Tensor) -> None:
