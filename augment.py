@@ -11,8 +11,8 @@ from config import Config
 from data import CLASSES, SIDE, Images, normalise
 from utils import UserError
 
-# A CPU generator uses only the low 32 bits of its seed. With this stride they differ for any two epochs of any two runs,
-# if the runs have at most 1,264 epochs.
+# A CPU generator uses only the low 32 bits of its seed. With this stride they differ for any two epochs of any two
+# runs, if the runs have at most 1,264 epochs.
 SEED_STRIDE = 1_000_003
 TEACHER_SEED_OFFSET = 1_000_001  # above any seed: a student's views are not those of a teacher that learned labels
 CUDA_CHUNK = 8_192  # images augmented at once: the launches of TrivialAugment's kernels then cost next to nothing

@@ -20,7 +20,7 @@ class Config:
     """All settings. Raises ValueError with one line if a value is wrong or contradicts another.
 
     Relative paths are relative to the repository; a relative path in a flag is relative to the current folder.
-    `experiment` is a name alone: parse_command_line applies the preset.
+    `experiment` only names the preset: parse_command_line applies it.
     """
 
     # The recipe: what is trained, and how.
@@ -54,7 +54,7 @@ class Config:
 
     # The run: which data, which machine, where.
     experiment: str = setting(
-        "default", "preset to start from, see PRESETS in config.py; taught wants a GPU", pattern=r"[\w-]{1,40}"
+        "default", "preset to start from: PRESETS in config.py; taught is slow without a GPU", pattern=r"[\w-]{1,40}"
     )
     dataset: str = setting("cifar100", "synthetic images need no download", choices=("cifar100", "synthetic"))
     images_per_class: int = setting(0, "training and validation images per class together (0 = all)", min=0, max=500)
@@ -94,9 +94,9 @@ PLAIN: dict[str, Any] = {
     "amp": False,
 }  # fmt: skip
 # `sgd` and `taught` start from the defaults above. `taught` needs requirements-tools.txt. Without a GPU it is slow, as
-# its teacher computes at 128 pixels in every step. result1 to result6 are the experiments of the report: batch size,
-# weight decay (given for result5 only), no augmentation and the place of the dropout are assumed. `teacher` fine-tunes
-# an ImageNet network.
+# its teacher computes at 128 pixels in every step. result1 to result6 are the experiments of a student's report: batch
+# size, weight decay (given for result5 only), no augmentation and the position of the dropout are assumed. `teacher`
+# fine-tunes an ImageNet network.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "sgd": {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 2},
@@ -134,7 +134,7 @@ class OneLineParser(argparse.ArgumentParser):
 def flag_path(text: str) -> str:
     """A path of the command line as Config has it: absolute, or relative to the repository if it lies in it, so that
     a copy of the repository can resume the run. "none" stays."""
-    path, root = Path(text).absolute(), Path(__file__).resolve().parent
+    path, root = Path(text).expanduser().absolute(), Path(__file__).resolve().parent
     if path.is_relative_to(root):
         path = path.relative_to(root)
     return text if text == "none" else str(path)

@@ -1,4 +1,4 @@
-"""The picture of a run: loss and accuracy over the epochs."""
+"""A plot of a run: loss and accuracy over the epochs."""
 
 import math
 from itertools import cycle

@@ -1,5 +1,6 @@
 """Grade a checkpoint: multiply-adds, size, and accuracy on the official test set."""
 
+import argparse
 import copy
 import json
 import sys
@@ -71,6 +72,12 @@ def default_checkpoint() -> Path:
     return checkpoint.BEST if checkpoint.BEST.exists() else checkpoint.PUBLISHED
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The flag --checkpoint of a program that opens one."""
+    text = "default: best.pth if there, else published.pth [%(default)s]"
+    parser.add_argument("--checkpoint", type=Path, default=shown(default_checkpoint()), help=text)
+
+
 def grade(path: Path, device: str = Config.device, data_dir: str = Config.data_dir) -> dict[str, Any]:
     """Multiply-adds, size and test scores of a checkpoint, with what it is (None if unknown). Raises UserError."""
     where = choose_device(device)
@@ -97,7 +104,7 @@ def grade(path: Path, device: str = Config.device, data_dir: str = Config.data_d
 
 
 def format_grade(result: dict[str, Any]) -> str:
-    """What was graded, and its scores. The last three lines are the figures that the report claims too."""
+    """What was graded, and its scores. The last three lines are the figures that the student's report claims too."""
     known = {name: "unknown" if value is None else value for name, value in result.items()}
     return (
         "Graded {checkpoint} on {images} {dataset} test images\n"
@@ -112,12 +119,12 @@ def format_grade(result: dict[str, Any]) -> str:
 @program("evaluate.py")
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="evaluate.py", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
+    add_checkpoint(parser)
     parser.add_argument("--device", default=Config.device, help="auto, cpu, cuda, cuda:N or mps [%(default)s]")
     add_data_dir(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     arguments = parser.parse_args(argv)
-    result = grade(arguments.checkpoint or default_checkpoint(), arguments.device, arguments.data_dir)
+    result = grade(arguments.checkpoint, arguments.device, arguments.data_dir)
     print(json.dumps(result) if arguments.json else format_grade(result))
 
 

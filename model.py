@@ -82,7 +82,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV3(nn.Module):
-    """The network of the report: normalised float (N, 3, 32, 32) in, logits (N, 100) out."""
+    """The network of the student's report: normalised float (N, 3, 32, 32) in, logits (N, 100) out."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Enlarge(nn.Upsample):
 
 
 def build_model(name: str, dropout: float = 0.0, image_size: int = 32, pretrained: bool = False) -> nn.Module:
-    """The network of the report ("mobilenetv3"), or timm's model of that name with its ImageNet weights or random ones.
+    """Our network ("mobilenetv3"), or timm's model of that name with its ImageNet weights or random ones.
 
     It takes normalised float (N, 3, 32, 32), enlarges it to `image_size` pixels unless that is 32, and returns logits
     (N, 100). Raises UserError if timm does not know the name, cannot fetch the weights, or its model cannot take such

@@ -1,4 +1,4 @@
-"""The picture of a run, and runs compared with tools.curves: the table, the notes and the figure."""
+"""The plot of a run, and runs compared with tools.curves: the table, the notes and the figure."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -51,13 +51,13 @@ def write_run(folder: Path, config: Config | None, accuracies: list[float | None
 
 
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a log alone, and a name that begins with _, which a legend leaves out."""
+    """Also a log alone."""
     labels, legend = [], Figure.legend
     monkeypatch.setattr(
         Figure, "legend", lambda figure, h, names, **more: [labels.extend(names), legend(figure, h, names, **more)][1]
     )
     default = Config(experiment="default")
-    a = write_run(tmp_path / "_a", default, [10.0, 30.0, 20.0])
+    a = write_run(tmp_path / "a", default, [10.0, 30.0, 20.0])
     b = write_run(tmp_path / "b", replace(default, epochs=default.epochs + 1), [None, None])
     c = write_run(tmp_path / "c", None, [40.0]) / "log.csv"
     output = tmp_path / "new" / "curves.png"

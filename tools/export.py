@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import data
 from config import Config, OneLineParser, add_data_dir
-from evaluate import default_checkpoint, predict_logits
+from evaluate import add_checkpoint, predict_logits
 from tools.labels import NAMES
 from tools.predict import describe_checkpoint, open_checkpoint
 from utils import UserError, atomic_write, program
@@ -167,13 +167,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m tools.export", description=__doc__)
     parser.add_argument("file", type=Path, help="to write: NAME.onnx")
     parser.add_argument("--int8", action="store_true", help="quantise to int8: a third of the size")
-    parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
+    add_checkpoint(parser)
     add_data_dir(parser)
     arguments = parser.parse_args(argv)
     if arguments.file.suffix.lower() != ".onnx":
         parser.error(f"{arguments.file} must end in .onnx")
-    source = arguments.checkpoint or default_checkpoint()
-    print(*export(arguments.file, source, arguments.data_dir, arguments.int8), sep="\n")
+    print(*export(arguments.file, arguments.checkpoint, arguments.data_dir, arguments.int8), sep="\n")
 
 
 if __name__ == "__main__":

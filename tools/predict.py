@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from checkpoint import load_model
 from config import OneLineParser
 from data import SIDE
-from evaluate import default_checkpoint, predict_logits
+from evaluate import add_checkpoint, predict_logits
 from tools.labels import NAMES
 from utils import one_line, program, shown
 
@@ -62,9 +62,9 @@ def top5(model: nn.Module, image: Tensor) -> list[tuple[str, float]]:
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tools.predict", description=__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="any image file that PIL opens")
-    parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
+    add_checkpoint(parser)
     arguments = parser.parse_args(argv)
-    model, about = open_checkpoint(arguments.checkpoint or default_checkpoint())
+    model, about = open_checkpoint(arguments.checkpoint)
     print(describe_checkpoint(about))
     failed = False
     for path in arguments.images:

@@ -123,13 +123,13 @@ def pairs(mistakes: list[Mistake]) -> str:
 def scores(logits: Tensor, labels: Tensor) -> str:
     """The first section, for float64 logits (N, 100) and labels (N,): accuracy and calibration."""
     probability, top = logits.softmax(1).topk(5)
-    hits = top == labels[:, None]
+    correct = top == labels[:, None]
     rows: list[Row] = []
     for k in (1, 5):
-        accuracy = hits[:, :k].any(1).double().mean().item()
+        accuracy = correct[:, :k].any(1).double().mean().item()
         standard_error = 100 * (accuracy * (1 - accuracy) / len(labels)) ** 0.5
         rows.append((f"top-{k} accuracy", accuracy, f"{standard_error:.2f} points"))
-    error, sums = calibration(probability[:, 0], hits[:, 0].double())
+    error, sums = calibration(probability[:, 0], correct[:, 0].double())
     rows += [("expected calibration error", error, ""), ("loss", f"{F.cross_entropy(logits, labels).item():.4f}", "")]
     return table(("measure", "value", "standard error"), rows) + diagram(sums)
 
@@ -178,11 +178,11 @@ def report(path: Path, data_dir: str = Config.data_dir) -> tuple[str, float]:
 @program("tools.report")
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m tools.report", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/best.pth if there, else published.pth")
+    evaluate.add_checkpoint(parser)
     parser.add_argument("--output", type=Path, default=Path("report/index.html"), help="page to write [%(default)s]")
     add_data_dir(parser)
     arguments = parser.parse_args(argv)
-    page, accuracy = report(arguments.checkpoint or evaluate.default_checkpoint(), arguments.data_dir)
+    page, accuracy = report(arguments.checkpoint, arguments.data_dir)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(arguments.output, lambda file: file.write(page.encode()))
     print(f"{arguments.output}\nAccuracy = {accuracy:.2f} %")
