@@ -174,7 +174,7 @@ class Loader:
             images, labels = self.augment(index, generator), self.labels[index]
             batches = len(index) // self.batch_size
             for i in range(batches):  # so that each batch has all of TrivialAugment's operations
-                yield self.mix(images[i::batches], labels[i::batches])
+                yield self.mix(images[i::batches], labels[i::batches], generator)
 
     def augment(self, index: Tensor, generator: Generator) -> Tensor:
         """The images at `index` (N,), augmented and normalised."""
@@ -184,11 +184,11 @@ class Loader:
             images = trivial_augment(images, config.trivial_augment, generator)
         return normalise(images)
 
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def mix(self, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """This process's part of a batch, mixed by mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) if either is
         on, by one of them at random if both are."""
         if self.mixers:
             # A mixer mixes neighbours, which trivial_augment mostly gave the same operation.
-            order = torch.randperm(len(labels), device=labels.device)
+            order = torch.randperm(len(labels), device=labels.device, generator=generator)
             images, labels = self.mixers[torch.randint(len(self.mixers), ()).item()](images[order], labels[order])
         return images[self.shard].contiguous(memory_format=torch.channels_last), labels[self.shard]
