@@ -3,7 +3,6 @@
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,16 +96,6 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setattr(checkpoint, "BEST", tmp_path / "checkpoints" / "best.pth")
     (tmp_path / "checkpoints").mkdir()
     return replace(TINY, runs_dir=str(tmp_path / "runs"))
-
-
-@pytest.fixture
-def other_code() -> Iterator[None]:
-    """Other people's code in this process: TF32 is on for everything."""
-    with ExitStack() as undo:
-        for part in (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends):
-            undo.callback(setattr, part, "fp32_precision", part.fp32_precision)
-            part.fp32_precision = "tf32"
-        yield
 
 
 @pytest.fixture

@@ -39,11 +39,6 @@ def test_wrong_types_and_values_are_refused(name: str) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_settings_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ValueError, match="pretrained needs a timm model"):
-        replace(TINY, pretrained=True)
-
-
 def test_no_edit_of_a_default_changes_plain_recipes() -> None:
     assert PLAIN.keys() == set(RECIPE)
     for name in ("teacher", *(f"result{number}" for number in range(1, 7))):
@@ -84,7 +79,7 @@ def test_a_path_in_a_flag_is_relative_to_the_current_folder(tmp_path: Path, monk
 
 def test_a_wrong_command_line_is_one_line_and_code_2(capsys: pytest.CaptureFixture) -> None:
     """--epoch: there are no abbreviations."""
-    for words in ("--no_such_flag", "no_such_argument", "--epoch=3", "--epochs=many", "--epochs=0", "--model=/"):
+    for words in ("--no_such_flag", "no_such_argument", "--epoch=3", "--epochs=many", "--epochs=0", "--pretrained"):
         refused([*flags(TINY), words], capsys)
 
 

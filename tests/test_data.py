@@ -53,6 +53,7 @@ def test_torchvisions_files_give_the_arrays(extracted: Path, arrays: Arrays, tmp
     built = tmp_path / "cifar100.npz"
     assert built.stat().st_ino in whole_files
     assert all(np.array_equal(data.read(built, name), array) for name, array in arrays.items())
+    assert [len(part.labels) for part in data.load_training("cifar100", str(tmp_path), 1, 2)] == [100, 100]
 
 
 def test_a_folder_that_is_read_only_is_enough(extracted: Path, arrays: Arrays, tmp_path: Path, monkeypatch) -> None:

@@ -1,7 +1,8 @@
-"""Grading: scores against a loop, what the program prints, and what it leaves behind."""
+"""Grading: scores against counting, what the program prints, and what it leaves behind."""
 
 import copy
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,16 @@ def grade(path: Path, *words: str) -> int:
     return evaluate.main(["--checkpoint", str(path), "--device", "cpu", *words])
 
 
-def test_scores_against_a_loop() -> None:
+def test_scores_against_counting() -> None:
     """A model whose logits are known, scored by hand."""
     torch.manual_seed(0)
     images = data.Images(torch.zeros(50, 3, 32, 32, dtype=torch.uint8), torch.randint(100, (50,)))
-    logits, correct = torch.randn(50, 100), {1: 0, 5: 0}
+    logits = torch.randn(50, 100)
     logits[torch.arange(0, 50, 2), images.labels[::2]] += 2  # half of them are likely to be among the first
     known = nn.Identity()
     known.forward = lambda x: logits
-    for row, label in zip(logits, images.labels, strict=True):
-        better = int((row > row[label]).sum())
-        for k in correct:
-            correct[k] += better < k
+    better = (logits > logits.gather(1, images.labels[:, None])).sum(1)  # classes ahead of the right one
+    correct = {k: int((better < k).sum()) for k in (1, 5)}
     scores = evaluate.evaluate(known, *images)
     assert (scores.top1, scores.top5) == (2 * correct[1], 2 * correct[5]) and 0 < correct[1] < correct[5] < 50
     assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, images.labels).item(), rel=1e-5)
@@ -83,8 +82,12 @@ def test_the_repositorys_files_are_found_from_any_folder(
     assert "Experiment unknown, epoch unknown, date unknown" in capsys.readouterr().out
 
 
-def test_tf32_is_off_while_grading_and_on_again_after_it(tiny: Config, model: nn.Module, other_code: None) -> None:
+def test_tf32_is_off_while_grading_and_on_again_after_it(tiny: Config, model: nn.Module) -> None:
     parts, seen = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), []
     model.register_forward_pre_hook(lambda *_: seen.append([part.fp32_precision for part in parts]))
-    evaluate.evaluate(model, *data.synthetic(1, 0))
-    assert seen == [["ieee", "ieee"]] and [part.fp32_precision for part in parts] == ["tf32", "tf32"]
+    with ExitStack() as undo:
+        for part in (*parts, torch.backends):  # as other code may have set them
+            undo.callback(setattr, part, "fp32_precision", part.fp32_precision)
+            part.fp32_precision = "tf32"
+        evaluate.evaluate(model, *data.synthetic(1, 0))
+        assert seen == [["ieee", "ieee"]] and [part.fp32_precision for part in parts] == ["tf32", "tf32"]

@@ -1,5 +1,6 @@
 """Predictions: images of every kind are read as they are meant, or refused in one line."""
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def difference(one: np.ndarray, other: Any) -> float:
 
 
 def test_labels_are_in_the_official_order() -> None:
-    assert len(SUPERCLASSES) == 20 and all(len(names) == 5 for names in SUPERCLASSES.values())
-    assert len(set(NAMES)) == 100
+    assert zlib.crc32(repr(SUPERCLASSES).encode()) == 1_199_936_594
     some = ["apple", "aquarium_fish", "maple_tree", "pickup_truck", "worm"]
     assert [NAMES[label] for label in (0, 1, 47, 58, 99)] == some
 

@@ -74,12 +74,15 @@ def test_known_predictions_are_counted_right(
     predicted = test_set.labels.clone()
     predicted[:2], predicted[-1] = labels.NAMES.index("mushroom"), 0
     logits = (9.0 + torch.arange(200)[:, None] / 100) * nn.functional.one_hot(predicted, 100)
+    logits[:2, 0] = 1.0  # the apples' own class is the second
     monkeypatch.setattr(evaluate, "predict_logits", lambda model, images: logits)
     page, accuracy = report.report(write_checkpoint(tmp_path / "any.pth", model))
     assert accuracy == pytest.approx(98.5)
     cells = dict(re.findall(r'scope="row">([^<]+)</th>(.*?)</tr>', page))
     percents = {name: re.findall(r">([\d.]+) %<", row) for name, row in cells.items()}
     assert percents["top-1 accuracy"] == ["98.50"] and "0.86 points" in cells["top-1 accuracy"]  # 0.985, 0.015, 200
+    error = abs(logits.softmax(1).amax(1).mean().item() - 0.985)  # all confidences are in the last bin
+    assert percents["expected calibration error"] == [f"{100 * error:.2f}"]
     assert percents["fruit_and_vegetables"] == ["80.00", "100.00"]
     assert percents["non-insect_invertebrates"] == ["90.00", "90.00"]
     assert (percents["apple"], percents["worm"], percents["bear"]) == (["0.00"], ["50.00"], ["100.00"])

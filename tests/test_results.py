@@ -36,7 +36,7 @@ def run(docs: Path, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     official(monkeypatch, folder)
     monkeypatch.setattr(train, "evaluate", lambda *_: evaluate.Scores(1.0, next(accuracies), 100.0))
     monkeypatch.setattr(Config, "device", "cpu")  # a GPU may differ in one image
-    return train.train(replace(tiny, dataset="cifar100", images_per_class=0, data_dir=str(folder)))
+    return train.train(replace(tiny, dataset="cifar100", seed=7, images_per_class=0, data_dir=str(folder)))
 
 
 def change(run: Path, **settings: Any) -> None:
@@ -64,7 +64,9 @@ def test_a_run_is_graded_and_recorded_once(run: Path, docs: Path, capsys: pytest
     for part in ("train", "validation"):
         assert content[part]["accuracy"] == pytest.approx(best["metrics"][f"{part}_accuracy"], abs=1e-5), part
     assert content["config"] == {name: best["config"][name] for name in PLAIN} | {"teacher": "teacher.pth"}
-    assert (content["epochs"], content["best_epoch"], content["commit"]) == (2, 1, best["commit"])
+    assert (content["seed"], content["best_epoch"], content["commit"]) == (7, 1, best["commit"])
+    grade = evaluate.grade(run / "best.pth", "cpu", folder)
+    assert (content["test"]["top5"], content["cost"]["operations"]) == (pytest.approx(grade["top5"]), grade["flops"])
     assert (docs / "logs" / "mine.csv").read_text() == (run / "log.csv").read_text()
     assert (docs / "curves" / "mine.png").read_bytes().startswith(b"\x89PNG")
 
