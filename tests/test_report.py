@@ -61,6 +61,8 @@ def test_page_is_complete_and_needs_no_other_file(
     assert all(page.count(f'<th scope="row">{name}</th>') == 1 for name in names)
     operations, size = evaluate.count_cost(model)
     assert f"flops = {operations}" in page and f"{size:.3f} kB" in page
+    total = re.findall(r">(\d+)<", page.split('scope="row">total<')[1])
+    assert total == [str(sum(p.numel() for p in model.parameters())), str(evaluate.model_bytes(model)), str(operations)]
     assert page.count("<h3>") == 12 and 24 <= page.count("<figure>") <= 12 + 12 * 4
     rows = dict(re.findall(r'<th scope="row">([^<]+)</th><td[^>]*>([^<]+)</td>', page.split("</table>")[0]))
     assert float(rows["top-5 accuracy"].rstrip(" %")) == pytest.approx(scores.top5)
