@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import augment
-from data import SIDE, synthetic
+import evaluate
+from config import Config
+from data import synthetic
 from tests.helpers import TINY
 from tools import benchmark
 
@@ -26,23 +27,18 @@ def test_operations_of_a_step_stay_below_their_bars(published: Path) -> None:
     assert counted["sums"] <= 7
 
 
-def test_timed_counts_neither_warmup_nor_what_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_warmup_nor_what_comes_after_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that moves on by a second whenever it is read."""
-
-    class Batches(list):
-        batch_size = 4
-
     monkeypatch.setattr(benchmark.time, "perf_counter", count().__next__)
-    batches = Batches([(torch.zeros(4), torch.zeros(4))] * 3)
-    loader = benchmark.Timed(batches, torch.device("cpu"), warmup=5, seconds=10)
-    assert len(list(loader)) == 5 + 9 and loader.speed == 9 * 4 / 11
+    batches, steps = [(torch.zeros(4), torch.zeros(4))] * 3, []
+    speed = benchmark.time_loop(batches, lambda *batch: steps.append(batch), torch.device("cpu"), seconds=10)
+    assert len(steps) == 10 + 9 and speed == 9 * 4 / 11
 
 
-def test_the_programs_own_loop_is_timed() -> None:
-    config = replace(SETTINGS, images_per_class=60)
-    loader, averaged = benchmark.train_ours(config, torch.device("cpu"), warmup=2, seconds=0.1)
-    assert loader.speed > 0 and isinstance(loader.loader, augment.Loader)
-    assert averaged(torch.zeros(1, 3, SIDE, SIDE)).shape == (1, 100)
+def test_the_programs_last_epoch_is_timed(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, read = [], benchmark.read_log
+    monkeypatch.setattr(benchmark, "read_log", lambda path: rows.extend(read(path)) or rows)
+    assert benchmark.time_program(tiny, torch.device("cpu")) == rows[1]["images_per_second"]
 
 
 @pytest.mark.slow
@@ -50,7 +46,7 @@ def test_the_plain_loop_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With DataLoader's worker processes, on a few images."""
     few = synthetic(6, seed=0)
     monkeypatch.setattr(benchmark.data, "load_training", lambda *_: (few, few))
-    monkeypatch.setattr(benchmark.Timed.__init__, "__defaults__", (1, 0.1))  # warm-up steps, seconds
+    monkeypatch.setattr(benchmark.time_loop, "__defaults__", (0.1,))  # seconds
     speeds = benchmark.time_plain(SETTINGS, torch.device("cpu"))
     assert speeds["plain"] > 0 and speeds["plain_input"] > 0
 
@@ -60,9 +56,8 @@ def test_json_is_one_object_on_the_last_line(
 ) -> None:
     """In this process, with made-up speeds, on generated images; without onnxruntime its latency is left out."""
     torch.save(model.state_dict(), path := tmp_path / "any.pth")
-    few = synthetic(2, seed=0)
-    monkeypatch.setattr(benchmark.data, "load_test", lambda *_: few)
-    monkeypatch.setattr(benchmark, "train_ours", lambda *_, **__: (None, model))
+    monkeypatch.setattr(evaluate, "load_test", lambda *_: synthetic(2, seed=0))
+    monkeypatch.setattr(benchmark, "time_program", lambda *_: None)
     monkeypatch.setattr(benchmark, "count_operations", lambda config: {"input": 3.5})
     monkeypatch.setattr(benchmark, "default_checkpoint", lambda: path)
     monkeypatch.setattr(benchmark, "find_spec", lambda name: None)

@@ -5,6 +5,7 @@ SGD, two .item() per step (its prints and TensorBoard scalars left out). Needs C
 two CPU cores.
 """
 
+import io
 import json
 import os
 import statistics
@@ -14,16 +15,17 @@ import time
 import timeit
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -31,17 +33,18 @@ import augment
 import data
 import train
 import utils
-from checkpoint import load_model
+from checkpoint import load_model, read_log
 from config import PLAIN, Config, OneLineParser, add_data_dir
-from evaluate import default_checkpoint, evaluate
+from evaluate import default_checkpoint, grade
 from model import MobileNetV3, build_model
 from tools.export import export, nhwc, read_onnx
 
 Figures = dict[str, float]
 
 CPU = torch.device("cpu")
-# Our side of the comparison with the plain loop: its only augmentation is crop and flip.
-COMPARED = Config(**PLAIN | {"flip": True, "crop_padding": 4, "ema": 0.999, "label_smoothing": 0.1})
+# Our side of the comparison with the plain loop: its only augmentation is crop and flip. The first epoch warms up.
+COMPARED = Config(**PLAIN | {"flip": True, "crop_padding": 4, "ema": 0.999, "label_smoothing": 0.1, "epochs": 2})
+ALMOST_ALL = Config(epochs=1, images_per_class=499)  # a run on all images would replace checkpoints/best.pth
 
 
 class Count(TorchDispatchMode):
@@ -83,40 +86,19 @@ def count_operations(config: Config) -> Figures:
     return {name: part.count / (chunk if name == "input" else 1) for name, part in parts.items()}
 
 
-class Timed:
-    """A loader's batches, epoch after epoch: `warmup` uncounted ones, then as many as fit into `seconds`.
-
-    `speed` is then in images/s, and includes what is done with a batch.
-    """
-
-    def __init__(self, loader: Any, device: torch.device, warmup: int = 4, seconds: float = 4) -> None:
-        self.loader, self.batch_size = loader, loader.batch_size
-        self.on_device = torch.zeros(1, device=device)
-        self.warmup, self.seconds, self.speed = warmup, seconds, 0.0
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches, count = chain.from_iterable(repeat(self.loader)), 0
-        for _ in range(self.warmup):
-            yield next(batches)
-        self.on_device.item()  # waits for the device
-        start = time.perf_counter()
-        while time.perf_counter() - start < self.seconds:
-            images, labels = next(batches)
-            yield images, labels
-            count += len(labels)
-        self.on_device.item()
-        self.speed = count / (time.perf_counter() - start)
-
-
-def time_input(loader: Any, device: torch.device) -> float:
-    """Images/s of a loader alone."""
-    timed = Timed(loader, device, warmup=10)
-    for _ in timed:
-        pass
-    return timed.speed
+def time_loop(loader: Any, step: Callable[[Tensor, Tensor], Any], device: torch.device, seconds: float = 4) -> float:
+    """Images/s of a loader, epoch after epoch, and of `step` on its batches, after ten uncounted ones."""
+    batches, count, on_device = chain.from_iterable(repeat(loader)), 0, torch.zeros(1, device=device)
+    for batch in islice(batches, 10):
+        step(*batch)
+    on_device.item()  # waits for the device
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        images, labels = next(batches)
+        step(images, labels)
+        count += len(labels)
+    on_device.item()
+    return count / (time.perf_counter() - start)
 
 
 def time_plain(config: Config, device: torch.device) -> Figures:
@@ -129,10 +111,11 @@ def time_plain(config: Config, device: torch.device) -> Figures:
     images.data, images.targets, images.target_transform = nhwc(train_set.images).numpy(), train_set.labels, None
     transforms = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(data.MEAN, data.STD)]
     images.transform = T.Compose([*transforms[:2], T.RandomRotation(15), *transforms[2:]])
-    loader = Timed(DataLoader(images, config.batch_size, shuffle=True, num_workers=min(4, os.cpu_count())), device)
+    loader = DataLoader(images, config.batch_size, shuffle=True, num_workers=min(4, os.cpu_count()))
     model = MobileNetV3().to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    for batch, labels in loader:
+
+    def step(batch: Tensor, labels: Tensor) -> None:
         batch, labels = batch.to(device), labels.to(device)
         optimizer.zero_grad()
         outputs = model(batch)
@@ -140,46 +123,39 @@ def time_plain(config: Config, device: torch.device) -> Figures:
         loss.backward()
         optimizer.step()
         loss.item(), (outputs.argmax(1) == labels).sum().item()
+
+    speed = time_loop(loader, step, device)
     images.transform = T.Compose(transforms)
     tuning = {"num_workers": os.cpu_count(), "persistent_workers": True, "prefetch_factor": 4, "drop_last": True}
     tuned = DataLoader(images, config.batch_size, shuffle=True, **tuning)
-    return {"plain": loader.speed, "plain_input": time_input(tuned, device)}
+    return {"plain": speed, "plain_input": time_loop(tuned, lambda *_: None, device)}
 
 
-def train_ours(config: Config, device: torch.device, warmup: int = 4, seconds: float = 4) -> tuple[Timed, nn.Module]:
-    """Run the program's own loop. Returns the loader with its speed, and the averaged model."""
+def time_program(config: Config, device: torch.device) -> float:
+    """Images/s of the last epoch of a run of the program, from its log."""
     utils.keep_freed_memory()
-    train_set, _ = data.load_training(config.dataset, config.data_dir, config.validation_per_class)
-    loader = Timed(augment.Loader(train_set.to(device), config), device, warmup, seconds)
-    model = build_model(config.model).to(device, memory_format=torch.channels_last)
-    ema, optimizer = train.EMA(model, config.ema), train.build_optimizer(model, config)
-    wrapped_model = torch.compile(model, dynamic=False, mode="reduce-overhead") if config.compile else model
-    utils.set_up(config.threads, config.deterministic)
-    train.train_one_epoch(wrapped_model, loader, train.build_criterion(config, device), optimizer, ema, amp=False)
-    return loader, ema.model
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        run = train.train(replace(config, device=str(device), runs_dir=folder))
+        return read_log(run / "log.csv")[-1]["images_per_second"]
 
 
 def time_ours(config: Config, device: torch.device) -> Figures:
-    """Images/s of the program's own loop, and of its loader alone."""
-    loader, _ = train_ours(config, device)
-    if config.compile:
-        return {"compiled": loader.speed}
-    return {"ours": loader.speed, "our_input": time_input(loader.loader, device)}
+    """Images/s of the program, and of its loader alone."""
+    train_set, _ = data.load_training(config.dataset, config.data_dir, config.validation_per_class)
+    loader = augment.Loader(train_set.to(device), config)
+    return {"ours": time_program(config, device), "our_input": time_loop(loader, lambda *_: None, device)}
 
 
 def measure_memory_and_grading(config: Config, device: torch.device) -> Figures:
-    """Peak memory in MiB of a short training with a validation, and seconds to grade."""
+    """Peak memory in MiB of a run, and seconds to grade."""
     import resource  # here, as Windows lacks it
 
-    _, model = train_ours(config, device, warmup=30, seconds=0)
-    blank = torch.zeros(5_000, 3, data.SIDE, data.SIDE, dtype=torch.uint8, device=device)  # as many as are validated
-    evaluate(model, blank, torch.zeros(len(blank), dtype=torch.long, device=device))
+    time_program(config, device)
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes or KiB
     figures = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     if device.type == "cuda":
         figures["peak_gpu_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
-    test = data.load_test(config.dataset, config.data_dir).to(device)
-    return figures | {"grade_seconds": median_seconds(lambda: evaluate(model, *test), 2)}
+    return figures | {"grade_seconds": grade(default_checkpoint(), str(device), config.data_dir)["seconds"]}
 
 
 def measure_latency(path: Path, data_dir: str) -> Figures:
@@ -215,15 +191,16 @@ def measure(device: torch.device, data_dir: str) -> Iterator[dict[str, Any]]:
     gpu = device.type == "cuda"
     yield utils.provenance(device)
     yield {f"{part}_operations": count for part, count in count_operations(Config(dataset="synthetic")).items()}
-    yield in_process(measure_memory_and_grading, Config(data_dir=data_dir), device)
+    yield in_process(measure_memory_and_grading, replace(ALMOST_ALL, data_dir=data_dir), device)
     yield in_process(measure_latency, default_checkpoint(), data_dir)
     for batch_size in (512, 128) if gpu else (128,):
-        config = replace(COMPARED, batch_size=batch_size, data_dir=data_dir)
+        config = replace(COMPARED, batch_size=batch_size, images_per_class=499 if gpu else 100, data_dir=data_dir)
         rounds = []
         for _ in range(1 if gpu else 3):
             rounds.append(in_process(time_plain, config, device) | in_process(time_ours, config, device))
         speeds = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
-        speeds |= in_process(time_ours, replace(config, compile=True), device) if gpu else {}
+        if gpu:
+            speeds["compiled"] = in_process(time_program, replace(config, compile=True), device)
         yield {f"{name}_images_per_second_{batch_size}": speed for name, speed in speeds.items()}
     yield {f"train_{device.type}_ratio": speeds["ours"] / speeds["plain"]}
     yield {"pipeline_ratio": speeds["our_input"] / speeds["plain_input"]}
