@@ -1,7 +1,7 @@
 """Count the operations of a training step, and time step, input and grading: python -m tools.benchmark.
 
 Step and input are compared with the loop that CIFAR-100 users copy: PIL transforms (it also rotates) in a DataLoader,
-SGD, two .item() per step (its prints and TensorBoard scalars left out). Needs CIFAR-100, and about three minutes on
+SGD, two .item() per step (its prints and TensorBoard scalars left out). Needs CIFAR-100, and about five minutes on
 two CPU cores.
 """
 
