@@ -100,7 +100,7 @@ PLAIN: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "sgd": {"optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 2},
-    "taught": {"teacher": "checkpoints/teacher.pth", "amp": True},
+    "taught": {"teacher": "checkpoints/teacher.pth", "epochs": 200, "lr_step": 47, "amp": True},
     "result1": PLAIN | {"lr_step": 40},
     "result2": PLAIN,
     "result3": PLAIN | {"dropout": 0.2},

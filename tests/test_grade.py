@@ -58,3 +58,5 @@ def test_shipped_checkpoints_keep_their_accuracy(name: str, published: Path, cif
     recorded = results.read_records()[SHIPPED[name]]["test"]
     assert result["accuracy"] == pytest.approx(recorded["accuracy"], abs=0.02)
     assert result["top5"] == pytest.approx(recorded["top5"], abs=0.02)
+    settings = checkpoint.load(published.with_name(name))["config"]
+    assert not any(str(value).startswith("/") for value in settings.values()), "no path of the machine that trained it"

@@ -22,7 +22,7 @@ from utils import ROOT, UserError, atomic_write, choose_device, program
 Record = dict[str, Any]
 
 DOCS, README = ROOT / "docs", ROOT / "README.md"
-PUBLISHED = "taught-0"  # the record of checkpoints/published.pth
+PUBLISHED = "taught-200"  # the record of checkpoints/published.pth
 
 
 def record_run(run: Path, name: str, data_dir: str) -> Path:
