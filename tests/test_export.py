@@ -63,7 +63,7 @@ def test_int8_of_the_published_checkpoint(
     assert export.main([str(path), "--int8", "--checkpoint", str(published), "--data_dir", cifar100]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     accuracy, exact, same = (float(word) for word in last.split() if word.replace(".", "").isdigit() and "." in word)
-    assert accuracy > 75.8 and exact == pytest.approx(76.83, abs=0.02) and same > 95
+    assert accuracy > 76.2 and exact == pytest.approx(76.83, abs=0.02) and same > 95
     assert path.stat().st_size < 1.3e6
     file = onnx.load(path)
     onnx.checker.check_model(file, full_check=True)
