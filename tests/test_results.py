@@ -64,7 +64,7 @@ def test_a_run_is_graded_and_recorded_once(run: Path, docs: Path, capsys: pytest
     for part in ("train", "validation"):
         assert content[part]["accuracy"] == pytest.approx(best["metrics"][f"{part}_accuracy"], abs=1e-5), part
     assert content["config"] == {name: best["config"][name] for name in PLAIN} | {"teacher": "teacher.pth"}
-    assert (content["seed"], content["best_epoch"], content["commit"]) == (7, 1, best["commit"])
+    assert (content["seed"], content["epochs"], content["best_epoch"], content["commit"]) == (7, 2, 1, best["commit"])
     grade = evaluate.grade(run / "best.pth", "cpu", folder)
     assert (content["test"]["top5"], content["cost"]["operations"]) == (pytest.approx(grade["top5"]), grade["flops"])
     assert (docs / "logs" / "mine.csv").read_text() == (run / "log.csv").read_text()
